@@ -1,0 +1,1 @@
+"""The graph IR: values and graphs, primitive ops, text form, verifier, interpreter."""

@@ -1,0 +1,299 @@
+"""fuse: primitives are partitioned into kernels.
+
+    before   a graph of primitives                       after   a graph of `kernel` values, each with its body, read through `get`
+
+A contraction, and a body that a template implements, own a launch: the *anchors*. Around them, by the fewest bytes moved:
+
+* An anchor's result is followed forward: elementwise values, splits, joins and cache writes that need nothing computed later join it
+  (its epilogue). A value that is cheap to compute again from what is stored anyway is left to its readers.
+* What an anchor reads is followed backward: elementwise values and reductions over the contracted dims are computed on the way in
+  (its prologue, or beside it when only the epilogue wants the reduction).
+* What is left forms row kernels: elementwise values and reductions over the same dims of each row.
+
+A kernel never depends on itself through another: an epilogue takes in only values of a lower level than its anchor (the level counts the
+anchors below a value). Each refusal is recorded with its reason in `graph.attrs["refusals"]`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from ..ir.graph import Graph, Value
+from ..ir.ops import OPS, make
+from .analysis import RUNTIME, axis, cone, is_anchor, levels, statics
+from .extract import block_name, extract, joined_name
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why `user` is not computed by the kernel that computes `value`."""
+
+    value: Value
+    user: Value
+    why: str
+
+
+@dataclass(eq=False)
+class Group:
+    """One kernel in the making. members: the values it computes.  outputs: those it stores.  rows: the dims of a row kernel's rows."""
+
+    kind: str
+    anchor: Value | None
+    members: set[Value]
+    outputs: list[Value]
+    rows: tuple[str, ...] = ()
+
+
+def fuse(graph: Graph) -> Graph:
+    fuser = Fuser(graph)
+    fuser.form_lookups()
+    fuser.form_anchors()
+    fuser.form_rows()
+    return fuser.assemble()
+
+
+class Fuser:
+    def __init__(self, graph: Graph):
+        self.graph, self.static = graph, statics(graph)
+        self.order = graph.walk()
+        self.position = {value: i for i, value in enumerate(self.order)}
+        self.users, self.level = graph.users(), levels(graph, self.static)
+        self.owner: dict[Value, Group] = {}  # stored value -> the kernel that stores it
+        self.groups: list[Group] = []
+        self.refusals: list[Refusal] = []
+        self.wanted: list[Value] = []
+
+    def stored(self, value: Value) -> bool:
+        """In memory when a kernel starts: an input, a weight, a result of another kernel."""
+        return value in self.owner or value.op in ("input", "get") or value in self.static
+
+    def form_lookups(self):
+        """A row looked up in a table of weights is stored, with the elementwise values that it alone feeds (a scale, a sum of two tables)."""
+        for value in self.order:
+            if value.op == "gather" and value.inputs[0] in self.static and value not in self.static:
+                readers = self.users.get(value, [])
+                while len(readers) == 1 and OPS[readers[0].op].kind == "elementwise" and value not in self.graph.outputs:
+                    value = readers[0]
+                    readers = self.users.get(value, [])
+                if value not in self.owner:
+                    self.add_root(value)
+
+    # ---- anchors and their epilogues ----------------------------------------------------------------------------------------------
+
+    def form_anchors(self):
+        for value in self.order:
+            if value in self.static:
+                continue
+            if value.op == "contract":
+                if value.inputs[1] not in self.static:
+                    self.refusals.append(Refusal(value.inputs[0], value, "both operands change with every token: only a template can contract them"))
+                members = self.epilogue(value)
+                group = Group("contract", value, members, [v for v in sorted(members, key=self.position.__getitem__) if self.leaves_group(v, members)])
+            elif value.op in ("via", "top"):
+                group = Group(value.attrs.get("template", value.op), value, {value}, [value])
+            else:
+                continue
+            self.groups.append(group)
+            self.owner.update((v, group) for v in group.outputs)
+
+    def leaves_group(self, value: Value, members) -> bool:
+        return value in self.graph.outputs or any(u not in members for u in self.users.get(value, ()))
+
+    def epilogue(self, anchor: Value) -> set[Value]:
+        members, spaces = {anchor}, {anchor: frozenset(axis(anchor))}
+        queue = [(self.position[u], u) for u in self.users.get(anchor, ())]
+        queue = [p for p, _ in queue]
+        heapq.heapify(queue)
+        visited = set()
+        while queue:
+            position = heapq.heappop(queue)
+            user = self.order[position]
+            if position in visited:
+                continue
+            visited.add(position)
+            why = self.refuses(user, anchor, members, spaces)
+            if why:
+                self.refusals.append(Refusal(anchor, user, why))
+                continue
+            members.add(user)
+            for reader in self.users.get(user, ()):
+                heapq.heappush(queue, self.position[reader])
+        # what its readers can compute from values stored anyway is theirs to compute
+        for value in sorted(members - {anchor}, key=self.position.__getitem__, reverse=True):
+            unread = not any(u in members for u in self.users.get(value, ())) and value not in self.graph.outputs
+            if unread and self.recomputable(value, anchor, members):
+                members.discard(value)
+        return members
+
+    def recomputable(self, value: Value, anchor: Value, members) -> bool:
+        """`value` is elementwise over results that the kernel stores for other readers."""
+        if OPS[value.op].kind != "elementwise":
+            return False
+        inside = [i for i in value.inputs if i in members]
+        return all(i is not anchor and (self.read_elsewhere(i, members) or self.recomputable(i, anchor, members)) for i in inside)
+
+    def read_elsewhere(self, value: Value, members) -> bool:
+        """Some kernel that cannot compute `value` itself reads it: an anchor does, or an elementwise value that has further operands."""
+        return any(u not in members and (is_anchor(u, self.static) or len(u.inputs) > 1 and len(set(u.inputs)) > 1)
+                   for u in self.users.get(value, ()))
+
+    def refuses(self, user: Value, anchor: Value, members, spaces) -> str | None:
+        """None if `user` can be computed where `anchor`'s result lies in registers; else the reason why not. Fills `spaces`."""
+        kind = OPS[user.op].kind
+        inside = [i for i in user.inputs if i in members]
+        if user.op == "split":
+            if inside[0] is not anchor and inside[0].op != "split":
+                return "it takes apart what was just put together"
+            spaces[user] = frozenset(axis(user))
+            return None
+        if user.op == "cache":
+            spaces[user] = None
+            return None
+        if any(spaces[i] is None for i in inside):
+            return "it reads a joined value, which exists only in memory"
+        if user.op == "join":
+            if len(inside) < len(user.inputs):
+                return "some of the parts it joins are computed elsewhere"
+            spaces[user] = None
+            return None
+        if kind == "reduction":
+            return f"it reduces over {', '.join(user.attrs['over'])}, which the contraction's tiles divide"
+        if kind != "elementwise":
+            return f"{user.op} starts a kernel of its own"
+        if len({spaces[i] for i in inside}) > 1 or frozenset(axis(user)) != spaces[inside[0]]:
+            return "its operands lie over different dims"
+        for operand in user.inputs:
+            if operand not in members and operand not in self.static and self.level[operand] >= self.level[anchor]:
+                return "another operand is computed later"
+        spaces[user] = spaces[inside[0]]
+        return None
+
+    # ---- what anchors read, and the rest -------------------------------------------------------------------------------------------
+
+    def form_rows(self):
+        for group in self.groups:
+            anchor = group.anchor
+            if group.kind == "contract":
+                over = anchor.attrs["over"]
+                for operand in anchor.inputs:
+                    self.want_unless(self.computable(operand, over, {*self.rows(anchor), *over}), operand)
+                for value in group.members - {anchor}:
+                    for operand in value.inputs:
+                        if operand not in group.members:
+                            beside = self.computable(operand, over, {*self.rows(anchor), *over}) and not set(axis(operand))
+                            plain = self.computable(operand, (), set(value.names))
+                            self.want_unless(beside or plain, operand)
+            elif anchor is not None:
+                for operand in anchor.inputs:
+                    self.want_unless(self.stored(operand), operand)
+        for output in self.graph.outputs:
+            self.want_unless(self.stored(output), output)
+        roots: dict[Value, None] = {}
+        while self.wanted:
+            value = self.wanted.pop()
+            if value in roots or self.stored(value):
+                continue
+            roots[value] = None
+            for inner in self.foreign_reductions(value):
+                self.wanted.append(inner)
+        for root in sorted(roots, key=self.position.__getitem__):
+            self.add_root(root)
+
+    def rows(self, value: Value) -> tuple[str, ...]:
+        return tuple(n for n in value.names if n in RUNTIME)
+
+    def want_unless(self, fine: bool, value: Value):
+        if not fine and not self.stored(value):
+            self.wanted.append(value)
+
+    def computable(self, value: Value, over, dims) -> bool:
+        """`value` can be computed on the way in: elementwise over `dims`, with reductions over all of `over` and nothing else."""
+        for v in cone(value, self.stored):
+            kind = OPS[v.op].kind
+            if v.op == "gather":
+                if v.inputs[0] in self.static:
+                    return False
+            elif kind == "reduction":
+                if set(v.attrs["over"]) != set(over):
+                    return False
+            elif kind not in ("elementwise",) and v.op not in ("split", "index"):
+                return False
+            if not set(v.names) <= set(dims) | {"N", "T"}:
+                return False
+        return True
+
+    def foreign_reductions(self, root: Value) -> list[Value]:
+        """Reductions below `root` over other dims than the topmost one: they need a kernel of their own."""
+        reductions = [v for v in reversed(cone(root, self.stored)) if OPS[v.op].kind == "reduction"]
+        return [v for v in reductions if set(v.attrs["over"]) != set(reductions[0].attrs["over"])]
+
+    def row_dims(self, root: Value) -> tuple[str, ...]:
+        reductions = [v for v in cone(root, self.stored) if OPS[v.op].kind == "reduction"]
+        return reductions[-1].names if reductions else self.rows(root) or ("T",)
+
+    def add_root(self, root: Value):
+        rows = self.row_dims(root)
+        members = set(cone(root, self.stored))
+        reads = {i for v in members for i in v.inputs if self.stored(i) and i not in self.static}
+        for group in reversed(self.groups):
+            if group.kind != "rows" or self.level[group.outputs[0]] != self.level[root] or group.rows != rows:
+                continue
+            theirs = {i for v in group.members for i in v.inputs if i not in self.static}
+            if reads & (theirs | set(group.outputs)):
+                group.outputs.append(root)
+                group.members |= members
+                self.owner[root] = group
+                return
+        group = Group("rows", None, members, [root], rows)
+        self.groups.append(group)
+        self.owner[root] = group
+
+    # ---- the graph of kernels -----------------------------------------------------------------------------------------------------
+
+    def assemble(self) -> Graph:
+        pieces = {}
+        for group in self.groups:
+            def is_leaf(v, group=group):
+                return v not in group.members and (self.stored(v) and not inlined(v))
+            pieces[group] = extract(self.name(group), group.outputs, is_leaf)
+        new: dict[Value, Value] = {}
+
+        pending, done, stack = set(), set(), list(reversed(self.groups))
+        while stack:
+            group = stack[-1]
+            if group in done:
+                stack.pop()
+                continue
+            body, leaves = pieces[group]
+            waiting = [self.owner[leaf] for leaf in leaves if leaf in self.owner and self.owner[leaf] not in done]
+            if waiting:
+                if group in pending:
+                    raise AssertionError(f"kernels {body.name} and {pieces[waiting[0]][0].name} need each other")
+                pending.add(group)
+                stack.extend(waiting)
+                continue
+            origin = (group.anchor or group.outputs[-1]).origin
+            kernel = make("kernel", *[new.get(leaf, leaf) for leaf in leaves], kind=group.kind, name=body.name, body=body, dtype="x", dims=(),
+                          origin=origin)
+            for i, output in enumerate(group.outputs):
+                new[output] = make("get", kernel, index=i, dtype=output.dtype, dims=output.dims, origin=output.origin)
+            done.add(group)
+            stack.pop()
+        return Graph(self.graph.name, self.graph.inputs, tuple(new.get(o, o) for o in self.graph.outputs),
+                     self.graph.attrs | {"refusals": tuple(self.refusals)})
+
+    def name(self, group: Group) -> str:
+        """After the weights a kernel contracts with, the template, or the block whose values it stores."""
+        if group.kind == "contract":
+            keys = [v.attrs["key"] for v in cone(group.anchor.inputs[1], lambda v: False) if v.op == "weight" and len(v.dims) > 1]
+            return joined_name([block_name(k) for k in keys]) if keys else "contract"
+        if group.kind == "rows":
+            paths = [o.origin.path.rpartition(".")[2] for o in group.members if o.op == "gather" or o in group.outputs]
+            return joined_name([p for p in paths if p and not p.isdigit()]) or "rows"
+        return group.kind
+
+
+def inlined(value: Value) -> bool:
+    """Literals and iotas are written into the kernel's text."""
+    return value.op == "const" or value.op == "index"

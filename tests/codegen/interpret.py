@@ -1,0 +1,40 @@
+"""Runs a module's tests under Triton's interpreter, on the CPU.
+
+TRITON_INTERPRET must be set before triton is imported, so those tests run in a process of their own:
+
+    from interpret import INTERPRETED, run_interpreted
+
+    if INTERPRETED:
+        def test_numerics(): ...
+    else:
+        def test_interpreted():
+            run_interpreted(__file__)
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def run_interpreted(path):
+    """Fails with the inner report unless every test of the module at `path` passes under the interpreter."""
+    env = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", str(path)], env=env,
+                          cwd=Path(path).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+if INTERPRETED:
+    # The interpreter's scalars are arrays of one element, which NumPy 2.4 no longer turns into an int by itself.
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_with_scalars(tensor, scope):
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_with_scalars
