@@ -5,11 +5,13 @@
     attention_lab.py decode | prefill   times tiles, splits and stages under CUDA graph replay
     attention_lab.py all
 """
+import itertools
 import linecache
 import re
 import subprocess
 import sys
 import tempfile
+import time
 import types
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,7 +101,7 @@ def make_case(contexts, queries=None, *, G=8, R=4, K=128, J=None, page=16, dtype
     pages = sum(counts) + 2
     order = torch.randperm(pages, generator=rng, device=device, dtype=torch.int32)
     k_cache, v_cache = (torch.randn(pages, page, G, d, generator=rng, device=device, dtype=dtype) for d in (K, J))
-    tables = torch.full((len(contexts), max(counts) + 3), 1 << 30, device=device, dtype=torch.int32)
+    tables = torch.full((len(contexts), -(-(max(counts) + 1) // 16) * 16), 1 << 30, device=device, dtype=torch.int32)
     at = 0
     for b, (count, context) in enumerate(zip(counts, contexts, strict=True)):
         tables[b, :count] = order[at:at + count]
@@ -134,20 +136,24 @@ def reference(case, score, keep):
     return out
 
 
-def run_decode(fn, case, launch, scratch=None, out=None):
-    out = torch.full((*case.q.shape[:3], case.v_cache.shape[-1]), float("nan"), dtype=case.q.dtype, device=case.q.device) if out is None else out
+def poisoned_out(case):
+    return torch.full((*case.q.shape[:3], case.v_cache.shape[-1]), float("nan"), dtype=case.q.dtype, device=case.q.device)
+
+
+def run_decode(fn, case, launch, scratch=None, out=None, **options):
+    out = poisoned_out(case) if out is None else out
     scratch = scratch or make_scratch(launch, out.device)
     fn[launch.grid](case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, out, *scratch, case.q.stride(0),
                     case.block_tables.stride(0), **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages,
-                    launch_pdl=launch.constants["PDL"])
+                    launch_pdl=launch.constants["PDL"], **options)
     return out
 
 
-def run_prefill(fn, case, launch, out=None):
-    out = torch.full((*case.q.shape[:3], case.v_cache.shape[-1]), float("nan"), dtype=case.q.dtype, device=case.q.device) if out is None else out
+def run_prefill(fn, case, launch, out=None, **options):
+    out = poisoned_out(case) if out is None else out
     fn[launch.grid](case.q, case.k_cache, case.v_cache, case.block_tables, case.query_starts, case.context_lens, out,
                     case.q.stride(0), case.block_tables.stride(0), **launch.constants, num_warps=launch.num_warps,
-                    num_stages=launch.num_stages, launch_pdl=launch.constants["PDL"])
+                    num_stages=launch.num_stages, launch_pdl=launch.constants["PDL"], **options)
     return out
 
 
@@ -173,3 +179,201 @@ KINDS = {  # name: (template context, score and keep of the reference)
     "full": (dict(score=["s = s * 0.125"], mask=["keep = k_pos >= 0"], causal=False), lambda s, q, k: s * 0.125,
              lambda q, k: (k >= 0) & (q >= 0)),
 }
+
+
+# ---- on the GPU
+
+LLAMA = dict(G=8, R=4, K=128, J=128, page=16)
+SCALE = dict(score=["s = s * 0.08838834764831845"])
+DECODE_TILES = [(64, 4, 3), (64, 4, 4), (32, 4, 4), (32, 4, 6), (128, 4, 3), (128, 8, 3), (32, 2, 4), (32, 2, 6)]
+DECODE_SHAPES = {"1x512": [512], "1x1k": [1024], "1x8k": [8192], "1x32k": [32768], "8x1k": [1024] * 8, "32x1k": [1024] * 32,
+                 "64x2k": [2048] * 64, "128x1k": [1024] * 128, "128x4k": [4096] * 128,
+                 "32 skewed": [16384] + [8192] * 3 + [512] * 28}
+FLASHINFER = {"1x1k": 13.6, "1x8k": 24.2, "1x32k": 52.8, "8x1k": 23.7, "32x1k": 50.2, "64x2k": 142, "128x1k": 148, "128x4k": 505}
+PREFILL_TILES = [(128, 64, 8, 2, None), (128, 64, 8, 3, None), (128, 64, 8, 2, 128), (128, 32, 8, 3, 128), (64, 64, 4, 2, None),
+                 (64, 64, 8, 2, 128), (128, 128, 16, 2, None)]  # rows, block, warps, stages, registers
+PREFILL_SHAPES = {"1x2k": [2048], "1x8k": [8192], "8x1k": [1024] * 8, "4x4k": [4096] * 4}
+
+
+def decode_variants(batch, context):
+    """Every (tile, splits) worth trying for a shape, as launches."""
+    for block, warps, stages in DECODE_TILES:
+        for splits in (1, 2, 4, 8, 16, 32):
+            programs = batch * LLAMA["G"] * splits
+            if (programs < 128 and splits * block < context and splits < 32) or (splits > 1 and programs > 132 * 8):
+                continue
+            base = decode_launch(batch, context, **LLAMA)
+            constants = dict(base.constants, BLOCK_N=block, CHUNK=block, SPLITS=splits)
+            yield (block, warps, stages, splits), replace(base, grid=(LLAMA["G"], batch, splits), constants=constants, num_warps=warps,
+                                                          num_stages=stages)
+
+
+def prefill_variants(batch, query):
+    for block_m, block_n, warps, stages, registers in PREFILL_TILES:
+        base = prefill_launch(batch, query, **LLAMA)
+        constants = dict(base.constants, BLOCK_M=block_m, BLOCK_N=block_n)
+        yield (block_m, block_n, warps, stages, registers), replace(
+            base, grid=(LLAMA["G"], batch, -(-query // (block_m // LLAMA["R"]))), constants=constants, num_warps=warps,
+            num_stages=stages), {"maxnreg": registers} if registers else {}
+
+
+def all_variants():
+    """Every distinct kernel that the timings launch: (template, launch, options)."""
+    seen = {}
+    for contexts in DECODE_SHAPES.values():
+        for tile, launch in decode_variants(len(contexts), max(contexts)):
+            for pdl in (False, True):
+                seen["decode", tile, pdl] = "decode", replace(launch, constants=dict(launch.constants, PDL=pdl)), {}
+    for queries in PREFILL_SHAPES.values():
+        for tile, launch, options in prefill_variants(len(queries), max(queries)):
+            seen["prefill", tile] = "prefill", launch, options
+    return list(seen.values())
+
+
+def warm(shard, shards):
+    """Compiles one shard of the variants into Triton's cache by launching them on a padding row."""
+    case = make_case([0, 0], poison=False)
+    fns = {t: kernel(t, **SCALE) for t in ("decode", "prefill")}
+    for template, launch, options in all_variants()[shard::shards]:
+        launch = replace(launch, grid=(launch.grid[0], 1, launch.grid[2]))
+        try:
+            (run_decode if template == "decode" else run_prefill)(fns[template], case, launch, **options)
+        except Exception as e:  # a tile that does not fit: the timing reports it
+            print("warm", launch, repr(e)[:100])
+
+
+def graph_us(launches, replays=12):
+    """Median time of one launch, in microseconds, of a CUDA graph that runs `launches` in order."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for run in launches:
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in launches:
+            run()
+    times = []
+    for _ in range(replays + 2):
+        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        a.record()
+        graph.replay()
+        b.record()
+        torch.cuda.synchronize()
+        times.append(a.elapsed_time(b))
+    return sorted(times[2:])[replays // 2] * 1e3 / len(launches)
+
+
+def pool_cases(lens, queries=None):
+    """Cases of one shape over one pool of pages, enough of them to outgrow the 60 MB L2 before a page comes round again."""
+    queries = queries or [1] * len(lens)
+    counts = [-(-n // 16) for n in lens]
+    tokens = 16 * sum(counts)
+    n = max(2, min(40, (300 << 20) // (tokens * 4096) + 1))
+    pages = n * sum(counts)
+    k_cache, v_cache = (torch.randn(pages, 16, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    order = torch.randperm(pages, device="cuda", dtype=torch.int32)
+    starts = torch.tensor([0, *queries], device="cuda", dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    at, cases = 0, []
+    for _ in range(n):
+        tables = torch.zeros(len(lens), -(-max(counts) // 16) * 16, device="cuda", dtype=torch.int32)
+        for b, count in enumerate(counts):
+            tables[b, :count] = order[at:at + count]
+            at += count
+        q = torch.randn(sum(queries), 4096 + 2048, device="cuda", dtype=torch.bfloat16)[:, :4096].view(-1, 8, 4, 128)
+        cases.append(Case(q, k_cache, v_cache, tables, starts, torch.tensor(lens, device="cuda", dtype=torch.int32), queries, lens))
+    return cases
+
+
+def time_decode():
+    fn = kernel("decode", **SCALE)
+    for name, lens in DECODE_SHAPES.items():
+        cases, rows = pool_cases(lens), []
+        for tile, launch in decode_variants(len(lens), max(lens)):
+            scratch, out = make_scratch(launch, "cuda"), torch.empty_like(cases[0].q)
+            times = []
+            for pdl in (False, True):
+                launch = replace(launch, constants=dict(launch.constants, PDL=pdl))
+                try:
+                    times.append(graph_us([lambda c=c: run_decode(fn, c, launch, scratch, out) for c in cases]))  # noqa: B023
+                except Exception as e:
+                    print("fail", tile, repr(e)[:90])
+                    break
+            else:
+                rows.append((times[0], times[1], tile))
+        gb = sum(lens) * 4096 / 1e3
+        print(f"decode {name:10} flashinfer {FLASHINFER.get(name, 0):6.1f} | us, us with PDL, GB/s, (block, warps, stages, splits)")
+        for by in (0, 1):
+            print("   ", "  ".join(f"{r[0]:.1f} {r[1]:.1f} {gb / r[by]:.0f} {r[2]}" for r in sorted(rows, key=lambda r: r[by])[:5]), flush=True)
+
+
+def time_prefill():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    fn = kernel("prefill", **SCALE)
+    for name, lens in PREFILL_SHAPES.items():
+        cases, rows = pool_cases(lens, lens)[:3], []
+        flops = sum(2 * 2 * 32 * n * n * 128 / 2 for n in lens) / 1e6
+        out = torch.empty_like(cases[0].q)
+        for tile, launch, options in prefill_variants(len(lens), max(lens)):
+            try:
+                us = graph_us([lambda c=c: run_prefill(fn, c, launch, out, **options) for c in cases])  # noqa: B023
+                rows.append((flops / us, tile))
+            except Exception as e:
+                print("fail", tile, repr(e)[:90])
+        qkv = [torch.randn(len(lens), 32, lens[0], 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            sdpa = flops / graph_us([lambda: torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)] * 3)  # noqa: B023
+        print(f"prefill {name:6} TFLOP/s; cuDNN {sdpa:.0f} |", "  ".join(f"{t:.0f} {tile}" for t, tile in sorted(rows, reverse=True)), flush=True)
+
+
+CHECK_SHAPES = [(8, 4, 128, 128, 16), (2, 3, 80, 64, 16), (4, 1, 64, 128, 32), (1, 8, 256, 256, 16)]
+
+
+def check(shard, shards):
+    """bfloat16 against float64 on the GPU: every kind of mask and score, skewed lengths, several splits, repeated launches."""
+    worst, lens = 0.0, [1, 0, 37, 5000, 64, 1029, 16, 700]
+    for kind, (G, R, K, J, page) in list(itertools.product(KINDS, CHECK_SHAPES))[shard::shards]:
+        context, score, keep = KINDS[kind]
+        case = make_case(lens, G=G, R=R, K=K, J=J, page=page)
+        want, fn = reference(case, score, keep), kernel("decode", **context)
+        launch = decode_launch(len(lens), 8192, **case.shape)
+        for splits, warps, pdl in ((1, 4, False), (launch.grid[2], 4, True), (16, 2, False), (32, 4, True)):
+            constants = dict(launch.constants, SPLITS=splits, PDL=pdl)
+            trial = replace(launch, grid=(G, len(lens), splits), constants=constants, num_warps=warps)
+            scratch = make_scratch(trial, "cuda")
+            errors = [error(run_decode(fn, case, trial, scratch), want) for _ in range(3)]
+            if not max(errors) < 5e-3 or scratch[2].any() or len(set(errors)) > 1:
+                print("WRONG decode", kind, (G, R, K, J, page), splits, warps, errors)
+            worst = max(worst, *errors)
+        queries = [5, 1, 1, 333, 2, 1029]
+        case = make_case([5, 0, 37, 700, 64, 1029], queries, G=G, R=R, K=K, J=J, page=page)
+        want, launch = reference(case, score, keep), prefill_launch(6, max(queries), **case.shape)
+        for block_m in (16, 64, launch.constants["BLOCK_M"]):
+            constants = dict(launch.constants, BLOCK_M=block_m)
+            trial = replace(launch, constants=constants, grid=(G, 6, -(-max(queries) // (block_m // R))), num_warps=8 if block_m > 64 else 4)
+            e = error(run_prefill(kernel("prefill", **context), case, trial), want)
+            if not e < 5e-3:
+                print("WRONG prefill", kind, (G, R, K, J, page), block_m, e)
+            worst = max(worst, e)
+    print(f"check {shard}: worst relative error {worst:.1e}", flush=True)
+
+
+def in_parallel(job, shards=14):
+    for p in [subprocess.Popen([sys.executable, __file__, job, str(i), str(shards)]) for i in range(shards)]:
+        p.wait()
+
+
+def main(what, *rest):
+    if rest:
+        return {"warm": warm, "check": check}[what](*map(int, rest))
+    start = time.time()
+    for name, jobs in (("check", [lambda: in_parallel("check")]), ("decode", [lambda: in_parallel("warm"), time_decode]),
+                       ("prefill", [time_prefill])):
+        if what in (name, "all"):
+            for job in jobs:
+                job()
+                print(f"[{time.time() - start:.0f} s]", flush=True)
+
+
+if __name__ == "__main__":
+    main(*(sys.argv[1:] or ["all"]))

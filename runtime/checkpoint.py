@@ -57,7 +57,7 @@ def open_checkpoint(path) -> Checkpoint:
 
 
 def check_finite(tensor, key, source=None) -> None:
-    """Raises UserError if `tensor` (any floating dtype) holds a NaN or an infinity.  source: the checkpoint's name, for the message.
+    """Raises UserError if `tensor` (any dtype) holds a NaN or an infinity.  source: the checkpoint's name, for the message.
 
     One pass at the speed of memory: a sum is finite only if every term is. Only a sum that is not is looked at closely.
     """

@@ -33,9 +33,10 @@ class Engine:
                  max_num_batched_tokens: int = 2048, enforce_eager: bool = False, enable_prefix_caching: bool = False,
                  run_ahead: int | None = None):  # fmt: skip
         self.program, self.max_model_len = program, max_model_len
+        self._limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max(max_num_batched_tokens, max_num_seqs),
+                        "prefix_caching": enable_prefix_caching}  # fmt: skip
         self.allocator = BlockAllocator(num_blocks, block_size)
-        self.scheduler = Scheduler(self.allocator, max_num_seqs=max_num_seqs, prefix_caching=enable_prefix_caching,
-                                   max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs))  # fmt: skip
+        self.scheduler = Scheduler(self.allocator, **self._limits)
         program.allocate_cache(num_blocks, block_size)
         self.runner = Runner(program, max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=block_size,
                              enforce_eager=enforce_eager)  # fmt: skip
@@ -55,6 +56,13 @@ class Engine:
     def finish(self, sequence: Sequence, reason: str = "abort", stop_reason: int | str | None = None) -> None:
         """End a sequence now; what is under way for it is dropped."""
         self.scheduler.finish(sequence, reason, stop_reason)
+
+    def reset(self) -> None:
+        """Forget every sequence, after a step that failed or was interrupted halfway."""
+        self.under_way.clear()
+        self.allocator = BlockAllocator(self.allocator.num_blocks, self.allocator.block_size)
+        self.scheduler = Scheduler(self.allocator, **self._limits)
+        self.runner.reset()
 
     def step(self) -> list[NewToken]:
         """Launch the next step, if there is one, and read the oldest one under way, once enough are. Tokens come in the order in
@@ -76,6 +84,8 @@ class Engine:
                     hint="the weights may be damaged, or too large for this dtype: try dtype='float32'",
                 )  # fmt: skip
         grown = set(map(id, self.scheduler.commit(launched.plan, tokens)))
+        if not self.busy:
+            self.under_way.clear()  # only tokens past the end are left
         details = details or [None] * len(tokens)
         return [NewToken(sequence, token, _logprobs(token, detail, sequence.params.logprobs))
                 for sequence, token, detail in zip(sampling, tokens, details, strict=True) if id(sequence) in grown]
@@ -85,14 +95,12 @@ class Engine:
         """Teacher-forced logits, float32 [T, V] on the CPU; needs the blocks of T tokens free."""
         blocks = self.allocator.allocate(self.allocator.blocks_for(len(tokens)))
         if blocks is None:
-            raise UserError("the cache has no room for these tokens", expected=f"at most {self._room()} tokens", found=len(tokens))
+            room = self.allocator.num_free * self.allocator.block_size
+            raise UserError("the cache has no room for these tokens", expected=f"at most {room} tokens", found=len(tokens))
         try:
             return self.runner.logits(tokens, blocks)
         finally:
             self.allocator.release(blocks)
-
-    def _room(self):
-        return self.allocator.num_free * self.allocator.block_size
 
 
 def _logprobs(token, detail, count):

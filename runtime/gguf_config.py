@@ -82,8 +82,9 @@ def config_from_gguf(file, rope_factors=None) -> dict:
 
 def _scalar(path, key, value):
     if not isinstance(value, (int, float)) or not value > 0:
-        shown = "a list (sizes that differ by layer)" if isinstance(value, list) else "nothing" if value is None else repr(value)
-        raise UserError(f"the metadata of {path} does not describe a model", expected=f"one positive number for {key}", found=shown)
+        found = "a list (sizes that differ by layer)" if isinstance(value, list) else repr(value)
+        expected = f"one positive number for {key}"
+        raise UserError(f"the metadata of {path} does not describe a model", expected=expected, found=found)
     return _short(value)
 
 
@@ -91,7 +92,8 @@ def _short(value):
     """A float32 read back as the decimal a person wrote: 9.999999747378752e-06 -> 1e-05."""
     if not isinstance(value, float):
         return value
-    return next(short for digits in range(6, 18) if struct.pack("<f", short := float(f"{value:.{digits}g}")) == struct.pack("<f", value))
+    candidates = (float(f"{value:.{digits}g}") for digits in range(6, 10))  # nine digits tell any two float32 apart
+    return next((short for short in candidates if struct.pack("<f", short) == struct.pack("<f", value)), value)
 
 
 def _rope_scaling(get):
@@ -106,7 +108,7 @@ def _rope_scaling(get):
 
 def _llama3_scaling(path, config, factors):
     """Finds the `llama3` scaling that gives these factors (https://arxiv.org/abs/2407.21783, and its reference code)."""
-    factor = _short(max(factors))
+    factor = float(f"{max(factors):.4g}")  # the lowest frequencies are divided by all of it
     scaling = {
         "rope_type": "llama3",
         "factor": factor,

@@ -40,7 +40,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """An opened GGUF file.  metadata: key -> int, float, bool, str or list of these.  data: the whole file, mapped copy-on-write."""
+    """An opened GGUF file.  metadata: key -> int, float, bool, str, or a list of these.  data: the whole file, mapped."""
 
     path: Path
     metadata: dict

@@ -12,9 +12,7 @@ from fusec.errors import UserError
 CONTROL, USER_DEFINED, UNKNOWN = 3, 4, 2  # tokenizer.ggml.token_type
 
 # How text is cut before BPE, as each model's own tokenizer.json says.
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 GPT4O = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
@@ -53,6 +51,15 @@ def tokenizer_from_gguf(metadata, name):
             found=found,
             hint="use the model's safetensors folder instead",
         )
+    try:
+        return _build(metadata, tokens, family, name)
+    except UserError:
+        raise
+    except Exception as error:  # ids out of range, merges of unknown tokens: `tokenizers` raises nothing more specific
+        raise UserError(f"the tokenizer of {name} is damaged", found=str(error), hint="download the file again") from None
+
+
+def _build(metadata, tokens, family, name):
     gemma = str(metadata.get("general.architecture", "")).startswith("gemma")
     if gemma and family == "llama":  # runs of spaces are stored as such, and looked up as visible ones
         tokens = [SPACE * len(token) if token.strip(" ") == "" else token for token in tokens]
@@ -136,15 +143,14 @@ def _add_ends(tokenizer, metadata, tokens, family):
     """Adds bos and eos around each text, as the file asks."""
     from tokenizers import processors
 
-    begins = metadata.get("tokenizer.ggml.add_bos_token", family == "llama" or metadata.get("tokenizer.ggml.pre") in BOS_UNSAID)
-    ids = {"bos": metadata.get("tokenizer.ggml.bos_token_id") if begins else None,
-           "eos": metadata.get("tokenizer.ggml.eos_token_id") if metadata.get("tokenizer.ggml.add_eos_token") else None}  # fmt: skip
-    ids = {end: i for end, i in ids.items() if i is not None and i < len(tokens)}
+    unsaid = {"bos": family == "llama" or metadata.get("tokenizer.ggml.pre") in BOS_UNSAID, "eos": False}
+    ids = {
+        end: metadata[f"tokenizer.ggml.{end}_token_id"]
+        for end, default in unsaid.items()
+        if metadata.get(f"tokenizer.ggml.add_{end}_token", default) and f"tokenizer.ggml.{end}_token_id" in metadata
+    }
     if not ids:
         return
-    bos, eos = (tokens[ids[end]] if end in ids else None for end in ("bos", "eos"))
-    single = [piece for piece in (bos, "$A", eos) if piece]
-    pair = [piece for piece in (bos, "$A", eos, bos and f"{bos}:1", "$B:1", eos and f"{eos}:1") if piece]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=pair, special_tokens=[(tokens[i], i) for i in ids.values()]
-    )
+    bos, eos = ([tokens[ids[end]]] if end in ids else [] for end in ("bos", "eos"))
+    special = [(tokens[i], i) for i in ids.values()]
+    tokenizer.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=special)

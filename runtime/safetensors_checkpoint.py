@@ -111,10 +111,11 @@ def weight_files(folder) -> list[tuple[Path, set[str] | None]]:
             raise UserError(f"{folder / INDEX} points outside its folder", expected="plain file names", found=outside[0])
         missing = [name for name in shards if not (folder / name).exists()]
         if missing:
+            names = ", ".join(sorted(missing)[:4]) + (" …" if len(missing) > 4 else "")
             raise UserError(
                 f"{folder} lacks part of the weights",
                 expected=f"{len(shards)} shards",
-                found=f"{len(shards) - len(missing)}; missing: {', '.join(sorted(missing)[:4])}{' …' if len(missing) > 4 else ''}",
+                found=f"{len(shards) - len(missing)}; missing: {names}",
                 hint="download the missing files",
             )
         return [(folder / name, keys) for name, keys in sorted(shards.items())]
@@ -127,8 +128,8 @@ def weight_files(folder) -> list[tuple[Path, set[str] | None]]:
     raise UserError(
         f"{folder} holds no safetensors file",
         expected="model.safetensors, or shards with an index",
-        found=f"{pickles[0]}, a pickle, which can run code when it is opened and is never read" if pickles else "none",
-        hint="get the model's safetensors files, or convert it: AutoModel.from_pretrained(…).save_pretrained(…)" if pickles else None,
+        found=f"{pickles[0]}, a pickle: opening one can run code, so it is never read" if pickles else "none",
+        hint="get the model's safetensors files, or convert it: AutoModel.from_pretrained(…).save_pretrained(…)",
     )
 
 
@@ -137,13 +138,15 @@ def read_header(path) -> dict[str, tuple[int, ...]]:
 
     Layout (https://github.com/huggingface/safetensors#format): header length u64, header JSON, data.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > LARGEST_HEADER or 8 + length > size:
-            expected = f"a header of {length:,} bytes" if 0 < length <= LARGEST_HEADER else "a safetensors header"
-            raise _damaged(path, expected, f"a file of {size:,} bytes")
-        raw = file.read(length)
+    try:
+        with open(path, "rb") as file:
+            size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+            if size < 8 or length > LARGEST_HEADER or 8 + length > size:
+                expected = f"a header of {length:,} bytes" if 0 < length <= LARGEST_HEADER else "a safetensors header"
+                raise _damaged(path, expected, f"a file of {size:,} bytes")
+            raw = file.read(length)
+    except OSError as error:
+        raise UserError(f"cannot open {path}", found=error.strerror) from None
     try:
         header = json.loads(raw)
         tensors = {key: value for key, value in header.items() if key != "__metadata__"}

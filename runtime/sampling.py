@@ -115,7 +115,8 @@ def _check_number(params, name, low, high, kind=float, *, above=False, optional=
     if not right_kind or not low <= value <= high or (above and value == low):
         noun = "an integer" if kind is int else "a number"
         bounds = f"above {low}, at most {high}" if above else f"from {low} to {high}"
-        raise UsageError(f"{name} is out of range", expected=f"{noun} {bounds}{', or None' if optional else ''}", found=repr(value))
+        expected = f"{noun} {bounds}{', or None' if optional else ''}"
+        raise UsageError(f"{name} is out of range", expected=expected, found=repr(value))
 
 
 class Variant(NamedTuple):

@@ -53,7 +53,7 @@ class SamplingState:
         for tensor in (self.floats, self.ints, *self.wide.values()):
             tensor[target] = tensor[source]
 
-    def clear(self, row: int) -> None:
+    def clear(self, row: int | slice) -> None:
         """Nobody has the row: neutral, whatever the others ask for."""
         self.floats[row, 0] = 0
         for tensor in self.wide.values():

@@ -1,8 +1,8 @@
 """Which tokens the next step computes: continuous batching under one token budget, with chunked prefill and preemption.
 
-Planning and committing are apart, so that steps can be planned before earlier ones have been read: `plan` counts tokens, which the
-host knows in advance (every sampling step adds exactly one), and `commit` learns what they were. A sequence that turns out to have
-ended has its later tokens dropped. All cost is per step and per new token, never per token of context.
+Planning and committing are apart, so that steps can be planned before earlier ones have been read: `plan` counts tokens, which
+the host knows in advance (every sampling step adds exactly one), and `commit` learns what they were. A sequence that turns out to
+have ended has its later tokens dropped. All cost is per step and per new token, never per token of context.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Sequence:
 
     tokens: those known to the host.  computed: tokens whose cache rows are written once every launched step has run.  planned:
     tokens there will be once every launched step has been read.  limit: tokens at which it ends.  stops: tokens that end it, each
-    with the reason to report.  decoding: only its newest token is left to compute, and the runner holds that token's id.  row: its
-    place in the runner's buffers, or None.
+    with the reason to report.  decoding: only its newest token is left to compute, and the runner holds that token's id.
+    row: its place in the runner's buffers, or None.
     """
 
     prompt: list[int]
@@ -86,7 +86,7 @@ class Scheduler:
     the step. When none is left the youngest sequence gives its blocks back and waits, first in line, to be computed again.
     """
 
-    def __init__(self, allocator: BlockAllocator, *, max_num_seqs: int, max_num_batched_tokens: int, prefix_caching: bool = False):
+    def __init__(self, allocator: BlockAllocator, *, max_num_seqs: int, max_num_batched_tokens: int, prefix_caching=False):
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError("every running sequence needs a token of the budget")
         self.allocator, self.prefix_caching = allocator, prefix_caching

@@ -64,7 +64,8 @@ class StepBuffers:
         self.slots[rows] = self.slots_of(rows, lengths)
 
     def slots_of(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """int64: the cache slots of tokens, given their rows and positions. A last token, never computed, may lie past the table."""
+        """int64: the cache slots of tokens, given their rows and positions."""
+        # a sequence's last token is never computed, and may lie past the table
         column = (positions // self.block_size).clamp(max=self.tables.shape[1] - 1)
         return self.tables[rows.long(), column.long()].long() * self.block_size + positions % self.block_size
 
@@ -73,7 +74,7 @@ class StepBuffers:
         for tensor in (self.ids, self.positions, self.context_lens, self.slots, self.tables):
             tensor[target] = tensor[source]
 
-    def clear(self, row: int) -> None:
+    def clear(self, row: int | slice) -> None:
         """Make a row padding."""
         self.context_lens[row] = 0
         self.positions[row] = 0

@@ -1,7 +1,7 @@
 """Text to token ids and back, with what the checkpoint says of its special tokens and its chat template.
 
-    tokenizer = Tokenizer.load("SmolLM2-135M-Instruct.Q4_1.gguf")     # or a folder with tokenizer.json, or a Checkpoint
-    ids = tokenizer.apply_chat([{"role": "user", "content": "Hello"}])
+tokenizer = Tokenizer.load("SmolLM2-135M-Instruct.Q4_1.gguf")     # or a folder with tokenizer.json, or a Checkpoint
+ids = tokenizer.apply_chat([{"role": "user", "content": "Hello"}])
 """
 
 from __future__ import annotations
@@ -130,8 +130,9 @@ def _from_folder(folder):
     except Exception as error:  # the library raises nothing more specific
         raise UserError(f"{path} is no tokenizer", expected="what the tokenizers package saves", found=str(error)) from None
 
-    settings, config, generation = (_optional(folder / f"{name}.json") for name in ("tokenizer_config", "config", "generation_config"))
-    settings = _optional(folder / "special_tokens_map.json") | settings
+    files = ("tokenizer_config", "special_tokens_map", "config", "generation_config")
+    settings, special, config, generation = (_optional(folder / f"{name}.json") for name in files)
+    settings = special | settings
     named = {name: _spelling(settings[name]) for name in NAMED if settings.get(name)}
     ends = {backend.token_to_id(named.get("eos_token", "")), *_ids(config), *_ids(generation)} - {None}
     template = _folder_template(folder, settings.get("chat_template"))

@@ -46,7 +46,7 @@ def line_of(graph: Graph, value: Value) -> str:
     for region in (graph, *(body for _, body in regions(graph))):
         order = region.walk()
         if value in order or value in region.inputs:
-            return printer.line(value, printer.handles(region, order))
+            return printer.line(value, printer.handles(region, order), declared=value in region.inputs)
     return printer.line(value, {operand: "%?" for operand in (value, *value.inputs)})
 
 
@@ -175,27 +175,17 @@ class _Printer:
 
 
 def _fold(order):
-    """Runs of values and a note after each: of layers that repeat, the first period is a run, the note says what it stands for.
-
-    A layer is the stretch of values whose path starts with the same stack index (`model.layers.3.`); values of no path belong to
-    the layer they stand in. Two layers are alike if their values are, with operands counted from where the layer starts.
-    """
-    groups: list[tuple[str, list[Value]]] = []
-    for value in order:
-        match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", value.origin.path)
-        layer = match.group() if match else groups[-1][0] if groups and not value.origin.path else ""
-        if not groups or groups[-1][0] != layer:
-            groups.append((layer, []))
-        groups[-1][1].append(value)
-
-    place, home, keys, start = {value: i for i, value in enumerate(order)}, {}, [], 0
-    for number, (layer, values) in enumerate(groups):
-        home |= dict.fromkeys(values, number)
-        keys.append((object() if not layer else _stem(layer), *(
+    """Runs of values and a note after each: of layers that repeat, the first period is a run, the note counts the others."""
+    groups, shared = _layers(order)
+    place = {value: i for i, value in enumerate(v for _, values in groups for v in values if v not in shared)}
+    layer_of = {value: layer for layer, values in groups for value in values}
+    keys, start = [], 0
+    for layer, values in groups:  # layers are alike if their values are, with operands counted from where the layer starts
+        keys.append((_stem(layer) if layer else object(), *(
             (v.op, v.dtype, v.dims, _nameless(v, layer),
-             *(place[i] - start if i in place and (groups[home[i]][0] or place[i] == start - 1) else i for i in v.inputs))
+             *(place[i] - start if i in place and (layer_of[i] or place[i] == start - 1) else i for i in v.inputs))
             for v in values)))
-        start += len(values)
+        start += sum(v not in shared for v in values)
 
     at = 0
     while at < len(groups):
@@ -208,6 +198,38 @@ def _fold(order):
         noun = "" if period == 1 else f" the last {period} layers,"
         yield groups[at + period - 1][1], "" if count == 1 else f"… ×{count - 1}{noun} to {end}"
         at += period * count
+
+
+def _layers(order) -> tuple[list[tuple[str, list[Value]]], set[Value]]:
+    """Program order cut into layers, stretches whose path starts with the same stack index (`model.layers.3`), "" between them;
+    and what several layers share, such as rope's angles: it goes in front of the first. Values of no path belong to the layer
+    they stand in.
+    """
+    layer_of, users, layer = {}, {}, ""
+    for value in order:
+        match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", value.origin.path)
+        layer = layer_of[value] = match.group() if match else "" if value.origin.path else layer
+        for operand in value.inputs:
+            users.setdefault(operand, []).append(value)
+    shared = set()
+    for value in reversed(order):
+        readers = users.get(value, ())
+        own = [user for user in readers if user not in shared]
+        if len({layer_of[user] for user in own} - {layer_of[value]}) > 1 or readers and not own:
+            shared.add(value)
+
+    groups: list[tuple[str, list[Value]]] = [("", [])]
+    for value in order:
+        layer = layer_of[value]
+        if value in shared:
+            if groups[-1][0] and (len(groups) < 2 or groups[-2][0]):
+                groups.insert(-1, ("", []))
+            groups[-2 if groups[-1][0] else -1][1].append(value)
+            continue
+        if groups[-1][0] != layer:
+            groups.append((layer, []))
+        groups[-1][1].append(value)
+    return groups, shared
 
 
 def _stem(layer):

@@ -152,12 +152,12 @@ class _Verifier:
             self.type(value)
         if value.op != "get" and any(operand.op == "kernel" for operand in value.inputs):
             self.fail(value, "a kernel is read through get, one result at a time")
-        if op.rule is not None:
-            self.infer(value, op.rule)
         if value.op in _CHECKS:
             problem = _CHECKS[value.op](value)
             if problem:
                 self.fail(value, problem)
+        if op.rule is not None:
+            self.infer(value, op.rule)
         if not mixing:
             self.tokens(value)
         if op.kind == "region" and "body" in attrs:
@@ -227,6 +227,8 @@ def _where(value):
 
 def _split(value):
     attrs = value.attrs
+    if attrs["dim"] not in value.inputs[0].names:
+        return f"the value has no dim {attrs['dim']}"
     if not len(attrs["into"]) == len(attrs["sizes"]) == len(attrs["strides"]):
         return "into, sizes and strides are of different lengths"
     end, size = _last(attrs["sizes"], attrs["strides"], attrs["offset"]), value.inputs[0].dim(attrs["dim"]).size

@@ -151,14 +151,11 @@ class Blocks(Expressions):
                 raise Problem("FUS022", f"{twice} appears twice in one tensor", here.type.span,
                               f"would be stored as [{', '.join(map(dims.show, axes))}]",
                               hint=f"give one of them another name in config: {twice}2 = {twice}")
-            values.append(self.stored(ops.make(
+            values.append(ops.make(
                 "weight", dtype="x", dims=stack + part.dims, key=key, shape=tuple(d.size for d in stack) + shape, offset=part.offset,
-                strides=tuple(math.prod(shape) for _ in stack) + part.strides, origin=self.origin(_At(here.span), origin_scope))))
+                strides=tuple(math.prod(shape) for _ in stack) + part.strides, origin=self.origin(_At(here.span), origin_scope)))
         result = self.weights[key, axes] = values[0] if len(values) == 1 else Many(tuple(values))
         return result
-
-    def stored(self, value):
-        return value
 
     def pick(self, weight, stack: Dim, field, scope: Scope):
         """A stacked weight, indexed by the tensor that routes."""

@@ -10,7 +10,7 @@ from . import dims, primitives, syntax
 from .blocks import Blocks
 from .config import bind_config, config_key, missing_key
 from .names import check_names
-from .scope import POISON, BlockRef, Instance, Many, Module, OpRef, Primitive, Problem, Routed, Scope, Silent, Stack, describe, show_dims
+from .scope import ABSENT, POISON, BlockRef, Instance, Many, Module, OpRef, Primitive, Problem, Routed, Scope, Silent, Stack, describe, show_dims
 
 _TEMPLATES = ("attention",)
 _DTYPES = {"int": "int", "f32": "f32", "bool": "bool"}
@@ -97,10 +97,10 @@ class Elaborator(Blocks):
                 if field.name == node.id:
                     return self.field(scope.instance, field, scope)
         found = scope.module.find(node.id)
-        if found is not None or node.id == "none":
+        if found is not ABSENT:
             return found
         if scope.config:
-            return self.config_key(node, scope)
+            return self.config_key(node.id)
         raise Silent  # names.py has reported it
 
     def suggest(self, name, known):

@@ -9,6 +9,7 @@ from ..ir.graph import Dim, Origin, Value
 from . import dims, syntax
 from .scope import (
     POISON,
+    UNSUPPORTED,
     BlockRef,
     Many,
     Missing,
@@ -18,6 +19,7 @@ from .scope import (
     Scope,
     Silent,
     Stack,
+    Table,
     describe,
     show_dims,
 )
@@ -118,15 +120,21 @@ class Expressions:
         return node.value
 
     def _name(self, node, scope):
-        return self.lookup(node, scope)
+        value = self.lookup(node, scope)
+        if value is UNSUPPORTED:
+            raise Problem("FUS033", "the program does not cover this config", node.span, "is what the config chooses here")
+        return value
 
     def _attribute(self, node, scope):
-        if scope.config:
-            return self.config_key(node, scope)
-        last = syntax.Name(node.span, node.name)
-        hint = f"inside the model a field is called by the last part of its path: {node.name}"
-        known = scope.instance is not None and any(f.name == last.id for f in scope.instance.ref.decl.fields)
-        raise Problem("FUS010", f"unknown name {node.span.text}", node.span, "is not a value", hint=hint if known else None)
+        """`table.key`, of a table of the config."""
+        table = self.value(node.value, scope)
+        if isinstance(table, Table):
+            return self.config_key(node.name, table.entries, f"{table.key}.")
+        if table is None or isinstance(table, Missing):
+            return Missing(f"{table.key}.{node.name}" if table is not None else node.span.text)
+        if table is POISON:
+            return POISON
+        raise Problem("FUS043", f"nothing here is called {node.name}", node.span, f"{node.value.span.text} is {describe(table)}")
 
     def _negate(self, node, scope):
         value = self.value(node.value, scope)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-from importlib import resources
 
 from ..diagnostics import Diagnostic, DiagnosticError, Label, Source, Span
 from . import syntax
@@ -31,16 +30,9 @@ def _ended(text: str) -> str:
 
 @functools.cache
 def _lark():
-    from lark import Lark
-    from lark.indenter import Indenter
+    from .tables import lark_parser
 
-    class Indentation(Indenter):
-        NL_type, INDENT_type, DEDENT_type = "_NL", "_INDENT", "_DEDENT"
-        OPEN_PAREN_types, CLOSE_PAREN_types = ["LPAR", "LSQB"], ["RPAR", "RSQB"]
-        tab_len = 8
-
-    grammar = resources.files("fusec.grammar").joinpath("fuse.lark").read_text(encoding="utf-8")
-    return Lark(grammar, parser="lalr", postlex=Indentation(), maybe_placeholders=True, propagate_positions=True)
+    return lark_parser()
 
 
 # ---- tree -> nodes ------------------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def reduction(elaborator, primitive, arguments, node, scope):
     return elaborator.make(primitive.name, value, over=over, node=node, scope=scope)
 
 
-def index(elaborator, primitive, node, scope):
+def index(elaborator, primitive, arguments, node, scope):
     """index[K]: 0, 1, 2, … along K."""
     axis = axis_argument(elaborator, primitive, node)
     if not isinstance(axis, Dim):

@@ -34,6 +34,8 @@ class Poison:
 
 
 POISON = Poison()
+ABSENT = object()
+UNSUPPORTED = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,14 @@ class Missing:
     key: str
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table inside config.json, such as rope_scaling."""
+
+    key: str
+    entries: dict
+
+
 @dataclass(slots=True)
 class Module:
     """One file: what its top level declares. `library` is where its names are looked up next."""
@@ -60,13 +70,13 @@ class Module:
     is_std: bool = False
 
     def find(self, name):
-        """The meaning of a top-level name, or None."""
+        """The meaning of a top-level name, or ABSENT."""
         module = self
         while module is not None:
             if name in module.names:
                 return module.names[name]
             module = module.library
-        return BUILTINS.get(name)
+        return BUILTINS.get(name, ABSENT)
 
     def visible(self) -> set[str]:
         return set(self.names) | (self.library.visible() if self.library else set(BUILTINS))
@@ -149,7 +159,7 @@ class Scope:
     config: bool = False
 
 
-BUILTINS: dict[str, object] = {"T": T, "S": S, "true": True, "false": False, "none": None, "inf": float("inf"), "pi": 3.141592653589793}
+BUILTINS: dict[str, object] = {"T": T, "S": S, "true": True, "false": False, "none": None, "unsupported": UNSUPPORTED, "inf": float("inf"), "pi": 3.141592653589793}
 
 
 def describe(value) -> str:
@@ -166,7 +176,7 @@ def describe(value) -> str:
         return "a stack of blocks"
     if isinstance(value, bool | int | float | str | list) or value is None:
         return {True: "true", False: "false", None: "none"}.get(value, repr(value)) if not isinstance(value, list) else "a list"
-    return "a dim"
+    return "a table of the config" if isinstance(value, Table) else "a dim"
 
 
 def show_dims(dims) -> str:

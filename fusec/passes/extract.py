@@ -76,4 +76,4 @@ def result_name(value: Value) -> str:
         value = value.inputs[0]
     if value.op in ("cos", "sin", "rsqrt", "max", "mean", "sum"):
         return value.op
-    return {"via": "attended", "gather": "embedded"}.get(value.op, "x")
+    return {"via": "attended"}.get(value.op, "x")

@@ -1,0 +1,319 @@
+"""The build of a model: `kernels.py` (every kernel, readable), `program.py` (the launch sequence), and what the runtime must provide.
+
+Kernels of like layers have the same text and become one function. `program.py` holds one function a kernel, which picks the form and
+the tiles by the number of tokens, and `step`, which calls them in order. Both are ordinary Python: edit a kernel and run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from ..ir.graph import Graph, Value
+from ..passes.analysis import RUNTIME, cone
+from ..passes.extract import leaf_name, unique
+from . import attention as attention_body
+from . import schedule
+from .kernels import Source, contraction, environment, row_kernel
+
+HEADER = '''"""{title}
+
+{body}
+"""
+
+'''
+
+
+@dataclass
+class Launch:
+    """One call of `step`: the function, its arguments as Python text, and the kernel it runs (for explain)."""
+
+    function: str
+    arguments: list[str]
+    kernel: Value
+
+
+@dataclass
+class Function:
+    """A distinct kernel: its variants and the body of its launch function."""
+
+    name: str
+    params: list[str]
+    sources: list[Source]
+    launch: list[str]
+    kernel: Value
+    count: int = 0
+
+
+@dataclass
+class Weight:
+    """A tensor that the runtime prepares when the model is loaded. value: the graph of weights that computes it.
+    packing: None, or the facts of a contraction whose rows are packed (see contraction.py)."""
+
+    name: str
+    value: Value
+    packing: dict | None
+
+
+@dataclass
+class Module:
+    """A compiled model. buffers: name -> (offset in bytes per token, elements per token, dtype).  caches: name -> sizes per token."""
+
+    name: str
+    dtype: str
+    graph: Graph
+    functions: list[Function] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    buffers: dict[str, tuple[int, int, str]] = field(default_factory=dict)
+    caches: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    outputs: list[tuple[str, int]] = field(default_factory=list)
+    kernels_py: str = ""
+    program_py: str = ""
+
+
+def build(graph: Graph, *, dtype: str = "bfloat16", source_lines=None, title: str = "") -> Module:
+    """The module of a graph of kernels. source_lines(kernel) -> comment lines: the .fuse lines that a kernel implements."""
+    return Builder(graph, dtype, source_lines or (lambda kernel: []), title).build()
+
+
+class Builder:
+    def __init__(self, graph, dtype, source_lines, title):
+        self.module = Module(graph.name, dtype, graph)
+        self.graph, self.dtype, self.source_lines, self.title = graph, dtype, source_lines, title
+        self.itemsize = 4 if dtype == "float32" else 2
+        self.by_text: dict[tuple, Function] = {}
+        self.names: dict[str, int] = {}
+        self.weight_names: dict = {}
+        self.names_of_weights: dict[str, int] = {}
+        self.names_of_buffers: dict[str, int] = {}
+        self.places: dict[Value, str] = {}
+
+    def build(self) -> Module:
+        for value in self.graph.walk():
+            if value.op == "kernel":
+                self.add(value)
+        module = self.module
+        module.outputs = [(self.places[o], math.prod(d.size for d in o.dims if d.size)) for o in self.graph.outputs]
+        module.kernels_py = self.write_kernels()
+        module.program_py = self.write_program()
+        return module
+
+    # ---- one kernel -------------------------------------------------------------------------------------------------------------
+
+    def add(self, kernel: Value):
+        make = {"contract": self.contract, "rows": self.rows, "attention": self.attention}[kernel.attrs["kind"]]
+        sources, launch, params = make(kernel)
+        key = (tuple(s.text for s in sources), tuple(launch), tuple(params), self.result_types(kernel))
+        function = self.by_text.get(key)
+        if function is None:
+            label = unique(self.names, kernel.attrs["name"])
+            function = Function(label, [p for p, _ in params], [], [], kernel)
+            for source in sources:
+                final = f"{label}_{source.form}" if len(sources) > 1 else label
+                source.text = source.text.replace(f"def {source.name}(", f"def {final}(").replace("\n" + " " * (len(source.name) + 5), "\n" + " " * (len(final) + 5))
+                function.launch = [line.replace(f"kernels.{source.name}[", f"kernels.{final}[") for line in (function.launch or launch)]
+                source.name = final
+            function.sources = sources
+            self.by_text[key] = function
+            self.module.functions.append(function)
+        function.count += 1
+        arguments = [self.place(kernel, role, function) for _, role in params]
+        self.module.launches.append(Launch(function.name, arguments, kernel))
+
+    def result_types(self, kernel):
+        return tuple(o.dtype for o in kernel.attrs["body"].outputs) + tuple(i.dtype for i in kernel.inputs)
+
+    def contract(self, kernel):
+        probe = contraction(kernel, "probe", "gemv", [], self.dtype, 1, 1)
+        f = probe.facts
+        one = schedule.gemv(f["rows"], f["k"], f["leaves"], self.itemsize)
+        many = schedule.matmul(f["rows"], f["k"], f["leaves"], self.itemsize)
+        comment = self.source_lines(kernel)
+        gemv = contraction(kernel, "kernel_gemv", "gemv", comment, self.dtype, one.block_n, one.block_k)
+        block_n = max((m.block_n for m in many), key=lambda b: f["rows"] % b)
+        block_k = max((m.block_k for m in many), key=lambda b: f["k"] % b)
+        matmul = contraction(kernel, "kernel_matmul", "matmul", comment, self.dtype, block_n, block_k)
+        gemv.facts["tiles"], matmul.facts["tiles"] = one, many
+        params = merge(gemv.roles, matmul.roles)
+        rows = f["row_dim"]
+        lines = [f"if {rows} == 1:", *indent(call(gemv, f"(triton.cdiv({f['rows']}, {one.block_n}),)", None, {
+            "BLOCK_N": one.block_n, "BLOCK_K": one.block_k, "STAGES": one.stages}, one.num_warps))]
+        for m in many:
+            test = f"elif {rows} <= {m.tokens}:" if m.tokens else "else:"
+            grid = f"(triton.cdiv({rows}, {m.block_m}) * triton.cdiv({f['rows']}, {m.block_n}),)"
+            lines += [test, *indent(call(matmul, grid, rows, {
+                "BLOCK_M": m.block_m, "BLOCK_N": m.block_n, "BLOCK_K": m.block_k, "GROUP": m.group, "STAGES": m.stages}, m.num_warps))]
+        return [gemv, matmul], lines, [(rows, ("tokens", rows)), *params]
+
+    def rows(self, kernel):
+        source = row_kernel(kernel, "kernel_rows", self.source_lines(kernel), self.dtype)
+        f = source.facts
+        block_m = max(1, min(16, 1024 // schedule.padded(f["width"])))
+        warps = 8 if f["width"] > 2048 else 4
+        source.facts["tiles"] = {"BLOCK_M": block_m, "num_warps": warps}
+        grid = f"(triton.cdiv({f['row_dim']}{' * ' + str(f['repeat']) if f['repeat'] > 1 else ''}, {block_m}),)"
+        lines = call(source, grid, f["row_dim"], {"BLOCK_M": block_m}, warps)
+        return [source], lines, [(f["row_dim"], ("tokens", f["row_dim"])), *merge(source.roles)]
+
+    def attention(self, kernel):
+        via = kernel.attrs["body"].outputs[0]
+        a = attention_body.match(via.attrs["body"])
+        comment = self.source_lines(kernel)
+        sources = []
+        for form in ("decode", "prefill"):
+            k = {"name": f"kernel_{form}", "comment": comment, "score": a.score, "mask": a.mask, "first": a.first, "causal": a.causal,
+                 "dense": a.dense, "extra": a.extra}
+            text = environment().get_template(f"attention_{form}.py.jinja").render(k=k)
+            sources.append(Source(f"kernel_{form}", form, text, {}, {"attention": a}))
+        sizes = f"G={a.G}, R={a.R}, K={a.K}, J={a.J}, page=m.block_size, itemsize={self.itemsize}, pdl=PDL"
+        stride = a.G * a.R * a.K
+        buffers = {"decode": "b.block_tables, b.context_lens, out, *m.scratch(launch)",
+                   "prefill": "b.block_tables, b.query_starts, b.context_lens, out"}
+        lines = ["sequences = b.context_lens.shape[0]", "if b.max_query == 1:"]
+        for form, size in (("decode", "b.max_context"), ("prefill", "b.max_query")):
+            lines += ["else:"] if form == "prefill" else []
+            lines += [f"    launch = {form}_launch(sequences, {size}, {sizes})",
+                      f"    kernels.kernel_{form}[launch.grid](q, k_cache, v_cache, {buffers[form]}, {stride}, b.block_tables.stride(0),",
+                      "        **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages, launch_pdl=PDL)"]
+        operand = {i: kernel.attrs["body"].inputs.index(operand) for i, operand in enumerate(via.inputs)}
+        params = [("m", ("model",)), ("b", ("batch",)), ("q", ("input", operand[a.q])), ("k_cache", ("input", operand[a.k])),
+                  ("v_cache", ("input", operand[a.v])), ("out", ("output", 0))]
+        return sources, lines, params
+
+    # ---- where things live --------------------------------------------------------------------------------------------------------
+
+    def place(self, kernel: Value, role: tuple, function: Function) -> str:
+        if role[0] == "tokens":
+            return role[1]
+        if role[0] in ("model", "batch", "slots"):
+            return {"model": "m", "batch": "b", "slots": "b.slots"}[role[0]]
+        if role[0] == "output":
+            output = next(v for v in self.results(kernel) if v.attrs["index"] == role[1]) if any(
+                v.attrs["index"] == role[1] for v in self.results(kernel)) else None
+            return self.buffer(output)
+        value = kernel.inputs[role[1]]
+        if value.op == "input":
+            return {"ids": "b.ids", "pos": "b.positions", "rows": "b.rows"}[value.attrs["name"]]
+        if value.op == "get":
+            return self.buffer(value)
+        packing = None
+        if role[0] == "weight":
+            packing = next(s.facts for s in function.sources if "packing" in s.facts)
+        return f'w["{self.weight(value, packing)}"]'
+
+    def results(self, kernel: Value):
+        if not hasattr(self, "_gets"):
+            self._gets = {}
+            for value in self.graph.walk():
+                if value.op == "get":
+                    self._gets.setdefault(value.inputs[0], []).append(value)
+        return self._gets.get(kernel, [])
+
+    def buffer(self, value: Value) -> str:
+        if value in self.places:
+            return self.places[value]
+        numel = math.prod(d.size for d in value.dims if d.size is not None)
+        body = value.inputs[0].attrs["body"].outputs[value.attrs["index"]]
+        if body.op == "cache":
+            name = body.attrs["name"]
+            self.module.caches[name] = tuple(d.size for d in value.dims if d.size is not None)
+            place = f'c["{name}"]'
+        elif value in self.graph.outputs:
+            place = "logits"
+        else:
+            dtype = {"x": self.dtype, "f32": "float32", "int": "int32", "bool": "bool"}[value.dtype]
+            known = {v: n for n, v in self.module.buffers.items()}
+            spec = (value.attrs["offset"], numel, dtype)
+            name = known.get(spec) or unique(self.names_of_buffers, leaf_name(value))
+            self.module.buffers[name] = spec
+            place = f"m.{name}"
+        self.places[value] = place
+        return place
+
+    def weight(self, value: Value, packing) -> str:
+        identity = packing is None or is_identity(packing, value)
+        key = (value, None if identity else str(packing["packing"]))
+        if key not in self.weight_names:
+            paths = [v.attrs["key"] for v in cone(value, lambda v: False) if v.op == "weight"]
+            prefix = common(paths) if paths else "constants"
+            name = unique(self.names_of_weights, f"{prefix}.{leaf_name(value)}".lstrip("."))
+            self.weight_names[key] = name
+            self.module.weights[name] = Weight(name, value, None if identity else packing)
+        return self.weight_names[key]
+
+    # ---- the two files ---------------------------------------------------------------------------------------------------------------
+
+    def write_kernels(self) -> str:
+        head = HEADER.format(title=f"The kernels of {self.title or self.graph.name}, generated by fusec.",
+                             body="Arithmetic is float32 inside a kernel; values are rounded to their own type where they are stored.")
+        head += "import triton\nimport triton.language as tl\nfrom triton.language.extra import libdevice\n"
+        head += "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
+        return head + "".join("\n\n" + s.text.strip("\n") + "\n" for f in self.module.functions for s in f.sources)
+
+    def write_program(self) -> str:
+        head = HEADER.format(title=f"One step of {self.title or self.graph.name}, generated by fusec: the launches, in order.", body=(
+            "T tokens are packed into a step, N of their rows are wanted as logits. `m` holds the arena's buffers, `w` the packed weights,\n"
+            "`c` the caches, `b` the batch (fusec.runtime.batch.Batch)."))
+        head += "import torch\nimport triton\nfrom fusec.codegen.attention_schedule import decode_launch, prefill_launch\n\nimport kernels\n\n"
+        head += "PDL = True  # each launch starts while the one before it drains, and waits for its results where it needs them\n"
+        parts = [head]
+        for f in self.module.functions:
+            lines = [f"def {f.name}({', '.join(f.params)}):", *("    " + line for line in f.launch)]
+            parts.append("\n\n" + "\n".join(lines) + "\n")
+        output = self.graph.outputs[0]
+        size = math.prod(d.size for d in output.dims if d.size)
+        rows = next(d.name for d in output.dims if d.name in RUNTIME)
+        lines = ["def step(m, b):", '    """Logits of the wanted rows: float32 [N, V]."""', "    w, c = m.weights, m.caches",
+                 "    T, N = b.ids.shape[0], b.rows.shape[0]",
+                 f"    logits = torch.empty(({rows}, {size}), dtype=torch.float32, device=b.ids.device)"]
+        lines += [f"    {launch.function}({', '.join(launch.arguments)})" for launch in self.module.launches]
+        lines += ["    return logits"]
+        return "".join(parts) + "\n\n" + "\n".join(lines) + "\n"
+
+
+def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: int) -> list[str]:
+    pointers = ", ".join([*(p.removesuffix("_ptr") for p in source.roles), *([tokens] if tokens else [])])
+    sizes = ", ".join(f"{k}={v}" for k, v in constants.items())
+    return [f"kernels.{source.name}[{grid}](", f"    {pointers},", f"    {sizes}, PDL=PDL, num_warps={warps}, launch_pdl=PDL)"]
+
+
+def merge(*roles: dict[str, tuple]) -> list[tuple[str, tuple]]:
+    """The parameters of a launch function: each pointer once."""
+    table: dict[str, tuple] = {}
+    for role in roles:
+        for name, what in role.items():
+            assert table.setdefault(name.removesuffix("_ptr"), what) == what, name
+    return list(table.items())
+
+
+def indent(lines):
+    return ["    " + line for line in lines]
+
+
+def common(keys: list[str]) -> str:
+    """The dotted path that all keys share."""
+    split = [k.split(".")[:-2] for k in keys]
+    shared = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def is_identity(packing: dict, value: Value) -> bool:
+    """The packed weight is the value as it lies: one leaf, rows in order, contracted dims last."""
+    if packing["leaves"] != 1 or list(value.names) != [*packing["n_dims"], *packing["k_dims"]]:
+        return False
+    at = 0
+    for offset, strides, sizes, first, count in packing["packing"][0]:
+        step = 1
+        for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+            if stride != step:
+                return False
+            step *= size
+        if offset != at or first != 0 or count != math.prod(sizes):
+            return False
+        at += count
+    return True

@@ -1,0 +1,94 @@
+"""The attention templates: numerics under the interpreter against float64, and what they compile to for sm_90."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "bench")]
+from interpret import INTERPRETED, run_interpreted  # noqa: E402
+
+import attention_lab as lab  # noqa: E402  isort: skip
+
+from fusec.codegen.attention_schedule import decode_launch, prefill_launch  # noqa: E402
+
+HEADS = {  # G, R, K, J, page, dtype
+    "odd sizes": (2, 3, 80, 64, 16, torch.float32),
+    "half, tiny pages": (1, 8, 64, 128, 4, torch.float16),
+    "one head each": (2, 1, 128, 128, 16, torch.float32),
+    "huge pages": (1, 4, 64, 64, 128, torch.float32),
+}
+# Full pages, contexts that end inside a page, a padding row, a context of one token.
+CONTEXTS = [1, 0, 37, 150, 64, 129]
+QUERIES = [1, 1, 1, 33, 2, 40]
+
+
+def bound(dtype):
+    return 1e-6 if dtype == torch.float32 else 1e-3
+
+
+if INTERPRETED:
+    torch.set_num_threads(1)
+
+    @pytest.mark.parametrize("heads", HEADS)
+    @pytest.mark.parametrize("kind", lab.KINDS)
+    def test_decode(kind, heads):
+        G, R, K, J, page, dtype = HEADS[heads]
+        context, score, keep = lab.KINDS[kind]
+        case = lab.make_case(CONTEXTS, G=G, R=R, K=K, J=J, page=page, dtype=dtype, device="cpu")
+        want, fn = lab.reference(case, score, keep), lab.kernel("decode", **context)
+        launch = decode_launch(len(CONTEXTS), 200, **case.shape, itemsize=dtype.itemsize)
+        for splits, block_n, chunk in ((1, 64, 64), (4, 16, 16), (8, 32, 64)):
+            constants = dict(launch.constants, SPLITS=splits, BLOCK_N=block_n, CHUNK=chunk)
+            trial = replace(launch, grid=(G, len(CONTEXTS), splits), constants=constants)
+            scratch = lab.make_scratch(trial, "cpu")
+            for _ in range(2):  # the second launch finds the counters as the first left them
+                assert lab.error(lab.run_decode(fn, case, trial, scratch), want) < bound(dtype)
+                assert not scratch[2].any()
+
+    @pytest.mark.parametrize("heads", HEADS)
+    @pytest.mark.parametrize("kind", lab.KINDS)
+    def test_prefill(kind, heads):
+        G, R, K, J, page, dtype = HEADS[heads]
+        context, score, keep = lab.KINDS[kind]
+        case = lab.make_case(CONTEXTS, QUERIES, G=G, R=R, K=K, J=J, page=page, dtype=dtype, device="cpu")
+        want, fn = lab.reference(case, score, keep), lab.kernel("prefill", **context)
+        for rows in (16, 128):
+            launch = prefill_launch(len(CONTEXTS), max(QUERIES), **case.shape, itemsize=dtype.itemsize)
+            constants = dict(launch.constants, BLOCK_M=rows, BLOCK_N=16)
+            launch = replace(launch, grid=(G, len(CONTEXTS), -(-max(QUERIES) // (rows // R))), constants=constants)
+            assert lab.error(lab.run_prefill(fn, case, launch), want) < bound(dtype)
+
+else:
+
+    def test_interpreted():
+        run_interpreted(__file__)
+
+    SHAPES = {"llama": dict(G=8, R=4, K=128, J=128), "gemma": dict(G=1, R=8, K=256, J=256), "phi": dict(G=32, R=1, K=80, J=80)}
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("batch, context", [(1, 32768), (64, 4096)])
+    def test_decode_compiles_without_spills(shape, batch, context):
+        launch = decode_launch(batch, context, **SHAPES[shape], page=16, pdl=True)
+        code, (registers, spilled, shared) = lab.compile_for(lab.kernel("decode", **lab.SCALE), launch)
+        assert spilled == 0 and shared <= 227 * 1024
+        assert "griddepcontrol.wait" in code.asm["ptx"]
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_prefill_compiles_to_wgmma(shape):
+        launch = prefill_launch(4, 2048, **SHAPES[shape], page=16)
+        code, (registers, spilled, shared) = lab.compile_for(lab.kernel("prefill", **lab.SCALE), launch)
+        assert spilled <= 128 and shared <= 227 * 1024
+        assert "wgmma.mma_async" in code.asm["ptx"]
+
+    def test_rendered_text_is_plain_triton():
+        text = lab.render("decode", comment=["o = attention(q, k, v)"], **lab.SCALE)
+        assert "# o = attention(q, k, v)" in text and "{" not in text
+        assert max(map(len, text.splitlines())) <= 130
+
+    def test_a_window_skips_masks_only_when_it_is_dense():
+        window = dict(mask=["keep = (k_pos <= q_pos) & (k_pos > q_pos - 40)"], first="q_pos - 39")
+        assert "phase" not in lab.render("prefill", **window)
+        assert "phase" in lab.render("prefill")

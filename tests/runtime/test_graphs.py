@@ -1,0 +1,75 @@
+"""The engine on a GPU: CUDA graphs, run-ahead and the fused advance change nothing."""
+
+import pytest
+import torch
+from fake_program import FakeProgram
+from test_llm_fake import EOS, KINDS, PROMPTS, VOCAB, FakeTokenizer, answers
+
+from fusec.runtime.llm import LLM
+from fusec.runtime.loading import Model
+from fusec.runtime.sampling import SamplingParams
+from fusec.runtime.step_buffers import StepBuffers
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def make(**options):
+    program = FakeProgram(VOCAB, device="cuda", supports_graphs=True)
+    options = dict(num_blocks=64, block_size=4, max_num_seqs=8, max_num_batched_tokens=64) | options
+    return LLM.from_model(Model(program, FakeTokenizer(), frozenset([EOS]), 64), **options)
+
+
+OPTIONS = [dict(), dict(run_ahead=0), dict(run_ahead=3), dict(num_blocks=17), dict(max_num_seqs=3)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_graphs_change_nothing(options):
+    for params in KINDS:
+        eager = make(enforce_eager=True, run_ahead=0)
+        alone = [answers(eager.generate(prompt, params))[0] for prompt in PROMPTS]
+        llm = make(**options)
+        for _ in range(2):
+            assert answers(llm.generate(PROMPTS, params)) == alone
+        assert llm.engine.allocator.num_used == 0 and llm.engine.runner.graphs
+    assert answers(make(**options).generate(PROMPTS[:5], KINDS)) == answers(make(enforce_eager=True).generate(PROMPTS[:5], KINDS))
+
+
+def test_a_step_of_an_unchanged_batch_copies_nothing_to_the_device():
+    llm = make(block_size=64, num_blocks=8)
+    stream = llm.stream(PROMPTS[0], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+    for _ in range(4):
+        next(stream)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(8):
+            next(stream)
+        torch.cuda.synchronize()
+    copies = {event.key: event.count for event in profile.key_averages() if "memcpy" in event.key.lower()}
+    assert not any("HtoD" in key for key in copies), copies
+
+
+def test_advance_is_the_same_in_torch_and_in_triton():
+    def filled(device):
+        generator = torch.Generator().manual_seed(0)
+        buffers = StepBuffers(20, 6, 4, torch.device(device))
+        lengths = torch.randint(0, 23, (20,), generator=generator, dtype=torch.int32)
+        lengths[3] = 0
+        buffers.tables.copy_(torch.randint(0, 99, (20, 6), generator=generator))
+        buffers.begin(torch.arange(20, device=device), torch.arange(20, dtype=torch.int32, device=device), lengths.to(device))
+        buffers.clear(3)
+        return buffers
+
+    cpu, gpu = filled("cpu"), filled("cuda")
+    for step in range(10):
+        count = (20, 1, 7)[step % 3]
+        tokens = torch.arange(count, dtype=torch.int32) * 3 + step - 1
+        cpu.advance(tokens)
+        gpu.advance(tokens.cuda())
+        for name in ("ids", "positions", "context_lens", "slots", "ring", "cursor"):
+            assert torch.equal(getattr(cpu, name), getattr(gpu, name).cpu()), name
+
+
+def test_speed_of_a_step_is_the_device_s():
+    """With run-ahead the host is hidden: a step takes what its graph takes."""
+    llm = make(block_size=16, num_blocks=8)
+    output = llm.generate([3], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))[0]
+    assert output.metrics.decode_tokens_per_second > 500
