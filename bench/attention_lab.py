@@ -1,9 +1,10 @@
 """Renders the two attention templates and checks or times them.
 
-    attention_lab.py compile            registers, spills and shared memory for sm_90; needs no GPU
     attention_lab.py check              bfloat16 against float64 on the GPU
     attention_lab.py decode | prefill   times tiles, splits and stages under CUDA graph replay
     attention_lab.py all
+
+Tests take the batches, the reference and the compiler's report from here.
 """
 import itertools
 import linecache
@@ -14,12 +15,15 @@ import tempfile
 import time
 import types
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jinja2
 import torch
 import triton
 import triton.language as tl
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -35,12 +39,13 @@ def softcap(cap):
     return f"s = {cap} * (2.0 * tl.sigmoid(2.0 * s / {cap}) - 1.0)"
 
 
-def render(template, name="attention", score=(), mask=(CAUSAL,), first=None, causal=True, extra=(), comment=("attention",)):
+def render(template, name="attention", score=(), mask=(CAUSAL,), first=None, causal=True, dense=None, extra=(),
+           comment=("attention",)):
     """The text of one kernel."""
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True,
                              undefined=jinja2.StrictUndefined)
     k = types.SimpleNamespace(name=name, comment=list(comment), score=list(score), mask=list(mask), first=first, causal=causal,
-                              extra=list(extra))
+                              extra=list(extra), **({} if dense is None else {"dense": dense}))
     return env.get_template(f"attention_{template}.py.jinja").render(k=k)
 
 
@@ -54,7 +59,7 @@ def kernel(template, **context):
     return scope[context.get("name", "attention")]
 
 
-def compile_for(fn, launch, dtype="bf16", **options):
+def compile_for(fn, launch, dtype="bf16"):
     """Compiles for sm_90 with no GPU: the compiled kernel and its (registers, spilled bytes, shared bytes)."""
     constants = launch.constants
     int32, pointers = {"block_tables", "context_lens", "query_starts", "arrivals"}, {"q", "k_cache", "v_cache", "out"}
@@ -62,9 +67,8 @@ def compile_for(fn, launch, dtype="bf16", **options):
     names = fn.arg_names
     signature = {n: "constexpr" if n in constants else kind.get(n, "i32") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants}
-    options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages, launch_pdl=constants["PDL"], **options)
     code = triton.compile(ASTSource(fn, signature, {(names.index(n),): v for n, v in constants.items()}, aligned),
-                          target=GPUTarget("cuda", 90, 32), options=options)
+                          target=GPUTarget("cuda", 90, 32), options=launch.options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(code.asm["cubin"])
@@ -94,7 +98,8 @@ class Case:
         return dict(G=G, R=R, K=K, J=self.v_cache.shape[-1], page=self.v_cache.shape[1])
 
 
-def make_case(contexts, queries=None, *, G=8, R=4, K=128, J=None, page=16, dtype=torch.bfloat16, device="cuda", seed=0, poison=True):
+def make_case(contexts, queries=None, *, G=8, R=4, K=128, J=None, page=16, dtype=torch.bfloat16, device="cuda", seed=0,
+              poison=True):
     J, queries = J or K, queries or [1] * len(contexts)
     rng = torch.Generator(device).manual_seed(seed)
     counts = [-(-c // page) for c in contexts]
@@ -140,25 +145,25 @@ def poisoned_out(case):
     return torch.full((*case.q.shape[:3], case.v_cache.shape[-1]), float("nan"), dtype=case.q.dtype, device=case.q.device)
 
 
-def run_decode(fn, case, launch, scratch=None, out=None, **options):
+def run_decode(fn, case, launch, scratch=None, out=None):
     out = poisoned_out(case) if out is None else out
     scratch = scratch or make_scratch(launch, out.device)
     fn[launch.grid](case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, out, *scratch, case.q.stride(0),
-                    case.block_tables.stride(0), **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages,
-                    launch_pdl=launch.constants["PDL"], **options)
+                    case.block_tables.stride(0), **launch.constants, **launch.options)
     return out
 
 
-def run_prefill(fn, case, launch, out=None, **options):
+def run_prefill(fn, case, launch, out=None):
     out = poisoned_out(case) if out is None else out
     fn[launch.grid](case.q, case.k_cache, case.v_cache, case.block_tables, case.query_starts, case.context_lens, out,
-                    case.q.stride(0), case.block_tables.stride(0), **launch.constants, num_warps=launch.num_warps,
-                    num_stages=launch.num_stages, launch_pdl=launch.constants["PDL"], **options)
+                    case.q.stride(0), case.block_tables.stride(0), **launch.constants, **launch.options)
     return out
 
 
 def make_scratch(launch, device):
-    return [torch.full(shape, float("nan"), device=device) if dtype == "float32" else torch.zeros(shape, dtype=torch.int32, device=device)
+    """The scratch buffers of a decode launch, poisoned where that is allowed."""
+    fills = {"float32": float("nan"), "int32": 0}
+    return [torch.full(shape, fills[dtype], dtype=getattr(torch, dtype), device=device)
             for shape, dtype in decode_scratch(launch).values()]
 
 
@@ -170,14 +175,23 @@ def error(out, want):
     return float((out[real].double() - want[real]).norm() / want[real].norm())
 
 
+def causal(q_pos, k_pos):
+    return k_pos <= q_pos
+
+
+def scaled(s, q_pos, k_pos):
+    return s * 0.125
+
+
 KINDS = {  # name: (template context, score and keep of the reference)
-    "causal": (dict(score=["s = s * 0.125"]), lambda s, q, k: s * 0.125, lambda q, k: k <= q),
+    "causal": (dict(score=["s = s * 0.125"]), scaled, causal),
     "window": (dict(score=["s = s * 0.125"], mask=["keep = (k_pos <= q_pos) & (k_pos > q_pos - 40)"], first="q_pos - 39"),
-               lambda s, q, k: s * 0.125, lambda q, k: (k <= q) & (k > q - 40)),
-    "softcap": (dict(score=["s = s * 0.5", softcap(5.0)]), lambda s, q, k: 5 * torch.tanh(s / 10), lambda q, k: k <= q),
-    "alibi": (dict(score=["s = s * 0.125 + 0.01 * (k_pos - q_pos)"]), lambda s, q, k: s * 0.125 + 0.01 * (k - q), lambda q, k: k <= q),
-    "full": (dict(score=["s = s * 0.125"], mask=["keep = k_pos >= 0"], causal=False), lambda s, q, k: s * 0.125,
-             lambda q, k: (k >= 0) & (q >= 0)),
+               scaled, lambda q, k: (k <= q) & (k > q - 40)),
+    "dense window": (dict(score=["s = s * 0.125"], mask=["keep = (k_pos <= q_pos) & (k_pos > q_pos - 40)"], first="q_pos - 39",
+                          dense=True), scaled, lambda q, k: (k <= q) & (k > q - 40)),
+    "softcap": (dict(score=["s = s * 0.5", softcap(5.0)]), lambda s, q, k: 5 * torch.tanh(s / 10), causal),
+    "alibi": (dict(score=["s = s * 0.125 + 0.01 * (k_pos - q_pos)"]), lambda s, q, k: s * 0.125 + 0.01 * (k - q), causal),
+    "full": (dict(score=["s = s * 0.125"], mask=["keep = k_pos >= 0"], causal=False), scaled, lambda q, k: (k >= 0) & (q >= 0)),
 }
 
 
@@ -185,6 +199,7 @@ KINDS = {  # name: (template context, score and keep of the reference)
 
 LLAMA = dict(G=8, R=4, K=128, J=128, page=16)
 SCALE = dict(score=["s = s * 0.08838834764831845"])
+# Block, warps, stages.
 DECODE_TILES = [(64, 4, 3), (64, 4, 4), (32, 4, 4), (32, 4, 6), (128, 4, 3), (128, 8, 3), (32, 2, 4), (32, 2, 6)]
 DECODE_SHAPES = {"1x512": [512], "1x1k": [1024], "1x8k": [8192], "1x32k": [32768], "8x1k": [1024] * 8, "32x1k": [1024] * 32,
                  "64x2k": [2048] * 64, "128x1k": [1024] * 128, "128x4k": [4096] * 128,
@@ -196,37 +211,40 @@ PREFILL_SHAPES = {"1x2k": [2048], "1x8k": [8192], "8x1k": [1024] * 8, "4x4k": [4
 
 
 def decode_variants(batch, context):
-    """Every (tile, splits) worth trying for a shape, as launches."""
+    """The launch rule's choice and every (block, warps, stages, splits) worth trying for a shape, as launches."""
+    base = decode_launch(batch, context, **LLAMA)
+    yield "rule", base
     for block, warps, stages in DECODE_TILES:
         for splits in (1, 2, 4, 8, 16, 32):
             programs = batch * LLAMA["G"] * splits
             if (programs < 128 and splits * block < context and splits < 32) or (splits > 1 and programs > 132 * 8):
                 continue
-            base = decode_launch(batch, context, **LLAMA)
             constants = dict(base.constants, BLOCK_N=block, CHUNK=block, SPLITS=splits)
-            yield (block, warps, stages, splits), replace(base, grid=(LLAMA["G"], batch, splits), constants=constants, num_warps=warps,
-                                                          num_stages=stages)
+            yield (block, warps, stages, splits), replace(base, grid=(LLAMA["G"], batch, splits), constants=constants,
+                                                          num_warps=warps, num_stages=stages)
 
 
 def prefill_variants(batch, query):
+    base = prefill_launch(batch, query, **LLAMA)
+    yield "rule", base
     for block_m, block_n, warps, stages, registers in PREFILL_TILES:
-        base = prefill_launch(batch, query, **LLAMA)
         constants = dict(base.constants, BLOCK_M=block_m, BLOCK_N=block_n)
         yield (block_m, block_n, warps, stages, registers), replace(
             base, grid=(LLAMA["G"], batch, -(-query // (block_m // LLAMA["R"]))), constants=constants, num_warps=warps,
-            num_stages=stages), {"maxnreg": registers} if registers else {}
+            num_stages=stages, maxnreg=registers)
 
 
 def all_variants():
-    """Every distinct kernel that the timings launch: (template, launch, options)."""
+    """Every distinct kernel that the timings launch: (template, launch)."""
     seen = {}
     for contexts in DECODE_SHAPES.values():
-        for tile, launch in decode_variants(len(contexts), max(contexts)):
+        for _, launch in decode_variants(len(contexts), max(contexts)):
             for pdl in (False, True):
-                seen["decode", tile, pdl] = "decode", replace(launch, constants=dict(launch.constants, PDL=pdl)), {}
+                trial = replace(launch, constants=dict(launch.constants, PDL=pdl))
+                seen["decode", str(replace(trial, grid=()))] = "decode", trial
     for queries in PREFILL_SHAPES.values():
-        for tile, launch, options in prefill_variants(len(queries), max(queries)):
-            seen["prefill", tile] = "prefill", launch, options
+        for _, launch in prefill_variants(len(queries), max(queries)):
+            seen["prefill", str(replace(launch, grid=()))] = "prefill", launch
     return list(seen.values())
 
 
@@ -234,10 +252,10 @@ def warm(shard, shards):
     """Compiles one shard of the variants into Triton's cache by launching them on a padding row."""
     case = make_case([0, 0], poison=False)
     fns = {t: kernel(t, **SCALE) for t in ("decode", "prefill")}
-    for template, launch, options in all_variants()[shard::shards]:
+    for template, launch in all_variants()[shard::shards]:
         launch = replace(launch, grid=(launch.grid[0], 1, launch.grid[2]))
         try:
-            (run_decode if template == "decode" else run_prefill)(fns[template], case, launch, **options)
+            (run_decode if template == "decode" else run_prefill)(fns[template], case, launch)
         except Exception as e:  # a tile that does not fit: the timing reports it
             print("warm", launch, repr(e)[:100])
 
@@ -291,39 +309,35 @@ def time_decode():
         cases, rows = pool_cases(lens), []
         for tile, launch in decode_variants(len(lens), max(lens)):
             scratch, out = make_scratch(launch, "cuda"), torch.empty_like(cases[0].q)
-            times = []
-            for pdl in (False, True):
-                launch = replace(launch, constants=dict(launch.constants, PDL=pdl))
-                try:
-                    times.append(graph_us([lambda c=c: run_decode(fn, c, launch, scratch, out) for c in cases]))  # noqa: B023
-                except Exception as e:
-                    print("fail", tile, repr(e)[:90])
-                    break
-            else:
-                rows.append((times[0], times[1], tile))
+            trials = [replace(launch, constants=dict(launch.constants, PDL=pdl)) for pdl in (False, True)]
+            try:
+                times = [graph_us([partial(run_decode, fn, c, trial, scratch, out) for c in cases]) for trial in trials]
+                rows.append((*times, tile))
+            except Exception as e:
+                print("fail", tile, repr(e)[:90])
         gb = sum(lens) * 4096 / 1e3
         print(f"decode {name:10} flashinfer {FLASHINFER.get(name, 0):6.1f} | us, us with PDL, GB/s, (block, warps, stages, splits)")
         for by in (0, 1):
-            print("   ", "  ".join(f"{r[0]:.1f} {r[1]:.1f} {gb / r[by]:.0f} {r[2]}" for r in sorted(rows, key=lambda r: r[by])[:5]), flush=True)
+            best = sorted(rows[1:], key=lambda r: r[by])[:4]
+            print("   ", "  ".join(f"{r[0]:.1f} {r[1]:.1f} {gb / r[by]:.0f} {r[2]}" for r in [rows[0], *best]), flush=True)
 
 
 def time_prefill():
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     fn = kernel("prefill", **SCALE)
     for name, lens in PREFILL_SHAPES.items():
         cases, rows = pool_cases(lens, lens)[:3], []
         flops = sum(2 * 2 * 32 * n * n * 128 / 2 for n in lens) / 1e6
         out = torch.empty_like(cases[0].q)
-        for tile, launch, options in prefill_variants(len(lens), max(lens)):
+        for tile, launch in prefill_variants(len(lens), max(lens)):
             try:
-                us = graph_us([lambda c=c: run_prefill(fn, c, launch, out, **options) for c in cases])  # noqa: B023
-                rows.append((flops / us, tile))
+                rows.append((flops / graph_us([partial(run_prefill, fn, c, launch, out) for c in cases]), tile))
             except Exception as e:
                 print("fail", tile, repr(e)[:90])
         qkv = [torch.randn(len(lens), 32, lens[0], 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            sdpa = flops / graph_us([lambda: torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)] * 3)  # noqa: B023
-        print(f"prefill {name:6} TFLOP/s; cuDNN {sdpa:.0f} |", "  ".join(f"{t:.0f} {tile}" for t, tile in sorted(rows, reverse=True)), flush=True)
+            sdpa = flops / graph_us([partial(scaled_dot_product_attention, *qkv, is_causal=True)] * 3)
+        best = sorted(rows[1:], key=lambda r: -r[0])
+        print(f"prefill {name} TFLOP/s; cuDNN {sdpa:.0f} |", "  ".join(f"{t:.0f} {tile}" for t, tile in [rows[0], *best]), flush=True)
 
 
 CHECK_SHAPES = [(8, 4, 128, 128, 16), (2, 3, 80, 64, 16), (4, 1, 64, 128, 32), (1, 8, 256, 256, 16)]
@@ -348,9 +362,9 @@ def check(shard, shards):
         queries = [5, 1, 1, 333, 2, 1029]
         case = make_case([5, 0, 37, 700, 64, 1029], queries, G=G, R=R, K=K, J=J, page=page)
         want, launch = reference(case, score, keep), prefill_launch(6, max(queries), **case.shape)
-        for block_m in (16, 64, launch.constants["BLOCK_M"]):
-            constants = dict(launch.constants, BLOCK_M=block_m)
-            trial = replace(launch, constants=constants, grid=(G, 6, -(-max(queries) // (block_m // R))), num_warps=8 if block_m > 64 else 4)
+        for block_m, warps in ((16, 4), (64, 4), (launch.constants["BLOCK_M"], launch.num_warps)):
+            trial = replace(launch, constants=dict(launch.constants, BLOCK_M=block_m), num_warps=warps,
+                            grid=(G, len(queries), -(-max(queries) // (block_m // R))))
             e = error(run_prefill(kernel("prefill", **context), case, trial), want)
             if not e < 5e-3:
                 print("WRONG prefill", kind, (G, R, K, J, page), block_m, e)

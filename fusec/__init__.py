@@ -1,0 +1,17 @@
+"""fusec: a one-page description of a transformer, compiled to a fast, readable inference program.
+
+    from fusec import LLM, SamplingParams, compile
+"""
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "compile"]
+
+_HOME = {"LLM": "fusec.runtime.llm", "SamplingParams": "fusec.runtime.sampling", "compile": "fusec.compiler"}
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module fusec has no attribute {name}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

@@ -95,7 +95,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One finding. `label` is the place that is wrong; `related` are the declarations it disagrees with. `code` is a key of `CODES`."""
+    """One finding. `label` is the place that is wrong; `related` are the declarations it disagrees with. `code` is a section of `grammar/diagnostics.md`."""
 
     code: str
     title: str
@@ -129,7 +129,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     folded = {k.lower(): k for k in known}
     if name.lower() in folded and folded[name.lower()] != name:
         return folded[name.lower()]
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.6)), None)
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.65)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:

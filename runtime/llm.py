@@ -43,6 +43,7 @@ class LLM:
     max_num_seqs, max_num_batched_tokens   sequences and tokens of one step
     enable_prefix_caching    compute a beginning that prompts share once
     offline      never ask the Hugging Face Hub
+    progress     called with (done, total) while weights load
 
     Raises UserError for a model that cannot be found, read or compiled, DeviceError when the device is missing or too small.
     """
@@ -50,7 +51,8 @@ class LLM:
     def __init__(self, model: str | Mapping | None = None, *, source=None, dtype="auto", device="auto",
                  max_model_len: int | None = None, enforce_eager: bool = False, load_format: str = "auto", seed: int = 0,
                  block_size: int = 16, num_blocks: int | None = None, gpu_memory_utilization=0.9, max_num_seqs: int = 256,
-                 max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = False, offline: bool = False):  # fmt: skip
+                 max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = False, offline: bool = False,
+                 progress=None):  # fmt: skip
         _check("block_size", block_size, block_size >= 1 and block_size & (block_size - 1) == 0, "a power of two")
         _check("gpu_memory_utilization", gpu_memory_utilization, 0 < gpu_memory_utilization <= 1, "a number above 0, at most 1")
         _check("max_num_seqs", max_num_seqs, 1 <= max_num_seqs <= 1024, "an integer from 1 to 1024")
@@ -59,7 +61,7 @@ class LLM:
         _check("max_model_len", max_model_len, max_model_len is None or max_model_len >= 2, "an integer of 2 or more")
         self._use(
             load_model(model, source=source, dtype=dtype, device=device, max_model_len=max_model_len, load_format=load_format,
-                       seed=seed, offline=offline),
+                       seed=seed, offline=offline, max_tokens=max(max_num_batched_tokens, max_num_seqs), progress=progress),
             explicit_len=max_model_len is not None, seed=seed, block_size=block_size, num_blocks=num_blocks,
             utilization=gpu_memory_utilization, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
             enforce_eager=enforce_eager, enable_prefix_caching=enable_prefix_caching,

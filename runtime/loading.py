@@ -24,8 +24,8 @@ class Model:
     max_model_len: int
 
 
-def load_model(model, *, source, dtype, device, max_model_len, load_format, seed, offline) -> Model:
-    """See LLM for the arguments."""
+def load_model(model, *, source, dtype, device, max_model_len, load_format, seed, offline, max_tokens, progress) -> Model:
+    """See LLM for the arguments.  max_tokens: most tokens of one step."""
     from fusec.runtime.program import load_program
 
     if load_format not in ("auto", "random"):
@@ -36,7 +36,8 @@ def load_model(model, *, source, dtype, device, max_model_len, load_format, seed
         raise UsageError("max_model_len is larger than the model's context", expected=f"at most {trained}", found=max_model_len)
     length = max_model_len or trained
     program = load_program(checkpoint if checkpoint is not None else config, source=source, dtype=dtype, device=device,
-                           load_format=load_format, seed=seed, max_model_len=length)  # fmt: skip
+                           load_format=load_format, seed=seed, max_model_len=length, max_tokens=max_tokens,
+                           progress=progress)  # fmt: skip
     ends = config.get("eos_token_id")
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     return Model(program, tokenizer, frozenset(ends | set(tokenizer.eos_ids if tokenizer else ())), length)

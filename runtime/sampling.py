@@ -182,16 +182,29 @@ def sample(logits: torch.Tensor, params: SamplingTensors, positions: torch.Tenso
     logits: float32 [R, V], left as they are.  positions: int32 [R], the place in its sequence that each new token takes.
     """
     scores = _adjusted(logits, params, positions) if variant.adjusted else logits
-    if variant.mode > 0:
-        drawn = params.temperature >= GREEDY_BELOW
-        scores = scores / torch.where(drawn, params.temperature, 1.0)[:, None]
-        if variant.mode == 2:
-            scores = torch.where(scores < _threshold(scores, params)[:, None], -math.inf, scores)
-        noise = gumbel(params.seed_low, params.seed_high, positions, logits.shape[1])
-        scores = torch.where(drawn[:, None], scores + noise, scores)
-    best, tokens = scores.max(dim=-1)
-    tokens = torch.where(best.isnan(), -1, tokens).int()
+    thresholds = _thresholds(scores / _heat(params), params) if variant.mode == 2 else None
+    if logits.is_cuda:
+        from fusec.runtime.draw import draw
+    else:
+        draw = _draw
+    tokens = draw(scores, params, positions, draws=variant.mode > 0, thresholds=thresholds)
     return _with_logprobs(logits, tokens) if variant.logprobs else SampleResult(tokens)
+
+
+def _draw(scores, params, positions, *, draws, thresholds):
+    """See draw.draw, which is this for the GPU."""
+    if draws:
+        heated = scores / _heat(params)
+        if thresholds is not None:
+            heated = torch.where(heated < thresholds[:, None], -math.inf, heated)
+        heated = heated + gumbel(params.seed_low, params.seed_high, positions, scores.shape[1])
+        scores = torch.where(params.temperature[:, None] >= GREEDY_BELOW, heated, scores)
+    best, tokens = scores.max(dim=-1)
+    return torch.where(best.isnan(), -1, tokens).int()
+
+
+def _heat(params):
+    return torch.where(params.temperature >= GREEDY_BELOW, params.temperature, 1.0)[:, None]
 
 
 def _adjusted(logits, params, positions):
@@ -205,7 +218,7 @@ def _adjusted(logits, params, positions):
     return logits.scatter_add(1, params.stops.clamp(min=0).long(), torch.where(forbidden, -math.inf, 0.0))
 
 
-def _threshold(scores, params):
+def _thresholds(scores, params):
     """float32 [R]: the smallest score that min_p, top_k and top_p leave. Whether a token stays is asked of its score, not of its
     place in the sorted row, so that equal scores share their fate whatever the order in which a sort leaves them."""
     ordered = scores.sort(dim=-1, descending=True).values

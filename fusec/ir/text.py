@@ -10,7 +10,8 @@
 
 One line per value in program order: operands, attributes as Python literals, dtype and dims, then source line and path. The body
 of a `via` or `kernel` is the block indented under its line, with numbers of its own. Locations name their file only where it is
-not the `source` of the header, and a dim its size only where it is not the one in the header. Grammar: `grammar/ir.lark`.
+not the `source` of the header, and a dim its size only where it is not the one in the header. What passes note down in a graph's
+`attrs` is left out unless it is a literal. The grammar is `grammar/ir.lark`.
 
 Written by hand, a type may be left out wherever the op's rule can infer it, and `#` starts a comment.
 """
@@ -77,6 +78,15 @@ def literal(value) -> str:
     return repr(value)
 
 
+def is_literal(value) -> bool:
+    """Whether the text form can hold `value`: numbers, strings, None, and tuples, lists and dicts of them."""
+    if type(value) in (tuple, list):
+        return all(map(is_literal, value))
+    if type(value) is dict:
+        return all(is_literal(k) and is_literal(v) for k, v in value.items())
+    return value is None or type(value) in (str, int, float, bool)
+
+
 # ---- printer -------------------------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +95,7 @@ def _bare(pattern, text):
     return text if re.fullmatch(pattern, text) else literal(text)
 
 
-NAME, DIM, FILE, PATH = r"[A-Za-z_][\w.-]*", r'[A-Za-z_][^\s,=\[\]"#]*', r'[^\s":#][^\s":]*', r'[^\s":]+'
+NAME, DIM, FILE, PATH = r"[A-Za-z_][\w.-]*", r'[A-Za-z_][^\s,=\[\]"#]*( [^\s,=\[\]"#]+)*', r'[^\s":#][^\s":]*', r'[^\s":]+'
 
 
 class _Printer:
@@ -128,10 +138,11 @@ class _Printer:
     def block(self, graph: Graph, indent: str, fold_layers=False) -> list[str]:
         order = graph.walk()
         handles, declared = self.handles(graph, order), set(graph.inputs)
-        lines = [indent + "attrs " + self.attrs(graph.attrs)] if graph.attrs else []
+        literals = {k: v for k, v in graph.attrs.items() if is_literal(v)}
+        lines = [indent + "attrs " + self.attrs(literals)] if literals else []
         lines += [indent + self.line(value, handles, declared=True) for value in graph.inputs]
         order = [value for value in order if value not in declared]
-        for shown, note in _fold(order) if fold_layers else ((order, ""),):
+        for shown, note in self.folded(order) if fold_layers else ((order, ""),):
             for value in shown:
                 lines.append(indent + self.line(value, handles))
                 if isinstance(value.attrs.get("body"), Graph):
@@ -139,6 +150,11 @@ class _Printer:
             lines += [indent + note] if note else []
         lines.append(f"{indent}return {', '.join(handles[o] for o in graph.outputs)}".rstrip())
         return lines
+
+    def folded(self, order):
+        from .fold import fold
+
+        return fold(order)
 
     def line(self, value: Value, handles, declared=False) -> str:
         handle, attrs = handles[value], value.attrs
@@ -172,82 +188,6 @@ class _Printer:
         if origin.path:
             parts.append(_bare(PATH, origin.path))
         return f"{MARGIN}@ {' '.join(parts)}" if parts else ""
-
-
-def _fold(order):
-    """Runs of values and a note after each: of layers that repeat, the first period is a run, the note counts the others."""
-    groups, shared = _layers(order)
-    place = {value: i for i, value in enumerate(v for _, values in groups for v in values if v not in shared)}
-    layer_of = {value: layer for layer, values in groups for value in values}
-    keys, start = [], 0
-    for layer, values in groups:  # layers are alike if their values are, with operands counted from where the layer starts
-        keys.append((_stem(layer) if layer else object(), *(
-            (v.op, v.dtype, v.dims, _nameless(v, layer),
-             *(place[i] - start if i in place and (layer_of[i] or place[i] == start - 1) else i for i in v.inputs))
-            for v in values)))
-        start += sum(v not in shared for v in values)
-
-    at = 0
-    while at < len(groups):
-        periods = {p: _repeats(keys, at, p) for p in range(1, 9)}
-        period = max(periods, key=lambda p: (periods[p] > 1) * p * periods[p] - p / 16)
-        count = periods[period]
-        for _, values in groups[at:at + period - 1]:
-            yield values, ""
-        end = groups[at + period * count - 1][0]
-        noun = "" if period == 1 else f" the last {period} layers,"
-        yield groups[at + period - 1][1], "" if count == 1 else f"… ×{count - 1}{noun} to {end}"
-        at += period * count
-
-
-def _layers(order) -> tuple[list[tuple[str, list[Value]]], set[Value]]:
-    """Program order cut into layers, stretches whose path starts with the same stack index (`model.layers.3`), "" between them;
-    and what several layers share, such as rope's angles: it goes in front of the first. Values of no path belong to the layer
-    they stand in.
-    """
-    layer_of, users, layer = {}, {}, ""
-    for value in order:
-        match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", value.origin.path)
-        layer = layer_of[value] = match.group() if match else "" if value.origin.path else layer
-        for operand in value.inputs:
-            users.setdefault(operand, []).append(value)
-    shared = set()
-    for value in reversed(order):
-        readers = users.get(value, ())
-        own = [user for user in readers if user not in shared]
-        if len({layer_of[user] for user in own} - {layer_of[value]}) > 1 or readers and not own:
-            shared.add(value)
-
-    groups: list[tuple[str, list[Value]]] = [("", [])]
-    for value in order:
-        layer = layer_of[value]
-        if value in shared:
-            if groups[-1][0] and (len(groups) < 2 or groups[-2][0]):
-                groups.insert(-1, ("", []))
-            groups[-2 if groups[-1][0] else -1][1].append(value)
-            continue
-        if groups[-1][0] != layer:
-            groups.append((layer, []))
-        groups[-1][1].append(value)
-    return groups, shared
-
-
-def _stem(layer):
-    return re.sub(r"\d+$", "", layer)
-
-
-def _nameless(value, layer):
-    """The attributes of `value` as text that does not tell which layer it belongs to."""
-    text = print_graph(value.attrs["body"], origins=False) if isinstance(value.attrs.get("body"), Graph) else ""
-    text += literal({k: v for k, v in sorted(value.attrs.items()) if not isinstance(v, Graph)})
-    return text.replace(layer, _stem(layer) + "*") if layer else text
-
-
-def _repeats(keys, at, period):
-    count = 1
-    while keys[at:at + period] == keys[at + count * period:at + (count + 1) * period]:
-        count += 1
-    return count
 
 
 # ---- reader --------------------------------------------------------------------------------------------------------------------

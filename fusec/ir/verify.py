@@ -16,7 +16,7 @@ import math
 
 from .graph import Graph, N, S, T, Value
 from .ops import OPS, ShapeError
-from .text import line_of
+from .text import is_literal, line_of
 
 RUN_TIME = frozenset(dim.name for dim in (T, S, N))
 DTYPES = frozenset(("x", "f32", "int", "bool", "weak"))
@@ -32,9 +32,6 @@ class VerifyError(Exception):
 
 
 # ---- attributes ----------------------------------------------------------------------------------------------------------------
-
-_LITERALS = (str, int, float, bool, type(None))
-
 
 def _tuple_of(test):
     return lambda v: type(v) is tuple and all(map(test, v))
@@ -80,14 +77,6 @@ ATTRS = {
 }
 
 
-def _is_literal(value) -> bool:
-    if type(value) in (tuple, list):
-        return all(map(_is_literal, value))
-    if type(value) is dict:
-        return all(_is_literal(k) and _is_literal(v) for k, v in value.items())
-    return type(value) in _LITERALS
-
-
 # ---- the graph -----------------------------------------------------------------------------------------------------------------
 
 
@@ -122,8 +111,6 @@ class _Verifier:
             names.add(value.attrs["name"])
         if not graph.outputs:
             self.fail(None, f"{graph.name} has no outputs")
-        if not all(map(_is_literal, graph.attrs.values())):
-            self.fail(None, f"{graph.name} has an attribute that is no literal")
         declared = set(graph.inputs)
         for value in graph.walk():
             if value.op != "input":
@@ -146,7 +133,7 @@ class _Verifier:
             if not test(attrs[name]):
                 self.fail(value, f"this cannot be the attribute {name} of {value.op}")
         for name, attribute in attrs.items():
-            if not (_is_literal(attribute) or isinstance(attribute, Graph) and name == "body" and op.kind == "region"):
+            if not (is_literal(attribute) or isinstance(attribute, Graph) and name == "body" and op.kind == "region"):
                 self.fail(value, f"attribute {name} is no literal")
         if (value.dtype, value.dims) not in self.types:
             self.type(value)

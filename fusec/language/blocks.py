@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 from ..diagnostics import Label
@@ -19,7 +20,21 @@ class Blocks(Expressions):
         super().__init__()
         self.weights: dict[tuple, Value | Many] = {}  # (key, axes) -> its tensors
         self.storage: dict[str, tuple] = {}  # key -> (shape, span of the field that named it first)
+        self.site = None  # the user's line that led into the library, while inside it
         self.fields_at: dict[str, syntax.Field] = {}  # path of an instance -> the field that made it
+
+    @contextlib.contextmanager
+    def called_from(self, call):
+        """Errors inside the library are told at the user's line that led there. `call`: that line, or None outside the library."""
+        before, self.site = self.site, call
+        try:
+            yield
+        except Problem as problem:
+            if call is not None:
+                problem.move_out_of_library(call)
+            raise
+        finally:
+            self.site = before
 
     # ---- compile-time parameters --------------------------------------------------------------------------------------------------
 
@@ -97,7 +112,8 @@ class Blocks(Expressions):
         if isinstance(field.type, syntax.Shape):
             if field.count is not None:
                 raise Problem("FUS043", "a tensor cannot be stacked", field.name_span, "has a count", hint="stack a block that holds it")
-            return self.weight(owner, field, path, scope)
+            with self.called_from(owner.field.type.span if owner.field and owner.module.is_std else None):
+                return self.weight(owner, field, path, scope)
         tied = field.tied is not None and (field.condition is None or self.condition(field.condition, scope))
         if tied:
             path = self.tied_path(owner, field, scope)
@@ -219,9 +235,10 @@ class Blocks(Expressions):
             return POISON
         call = scope.call or (node.span if instance.module.is_std else None)
         inner = Scope(instance.module, dict(instance.statics), instance.path, instance, scope.routed if routed is None else routed, call)
-        self.check_arguments(decl, arguments, node, inner, instance.field)
-        inner.names.update((param.name, a) for param, a in zip(decl.params, arguments, strict=True))
-        return self.attempt(lambda: self.check_result(decl, self.run_body(decl.body, inner), inner))
+        with self.called_from(call):
+            self.check_arguments(decl, arguments, node, inner, instance.field)
+            inner.names.update((param.name, a) for param, a in zip(decl.params, arguments, strict=True))
+            return self.attempt(lambda: self.check_result(decl, self.run_body(decl.body, inner), inner))
 
 
 class _At:

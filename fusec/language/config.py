@@ -25,25 +25,28 @@ _EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts"}  # one fact 
 def bind_config(elaborator, module):
     """Binds every name of the program's `config` section in `module`: whole numbers become dims of that name."""
     lets = [let for section in module.program.of(syntax.Config) for let in section.lets]
+    module.pending = {name.id for let in lets for name in let.names}
     for let in lets:
+        module.pending -= {name.id for name in let.names}
         scope = Scope(module, {}, config=True)
         elaborator.let(let, scope)
-        for name in let.names:
-            module.names[name.id] = _named(elaborator, name, scope.names[name.id])
+        written = let.values if len(let.values) == len(let.names) else let.names
+        for name, value in zip(let.names, written, strict=True):
+            module.names[name.id] = _named(elaborator, name.id, scope.names[name.id], value)
     if elaborator.config is not None:
         at = Span(module.program.source, 0, 0)
         sections = module.program.of(syntax.Config)
         elaborator.errors += extra_keys(elaborator.config, elaborator.read, sections[0].span if sections else at)
 
 
-def _named(elaborator, name: syntax.Name, value):
+def _named(elaborator, name: str, value, node):
     if isinstance(value, Missing):
-        elaborator.report(elaborator.missing_key(value.key, name))
+        elaborator.report(elaborator.missing_key(value.key, node))
         return POISON
     if isinstance(value, dims.Axis):
-        value = elaborator.number(value, name)
+        value = elaborator.number(value, node)
     if isinstance(value, int) and not isinstance(value, bool):
-        return Dim(name.id, value)
+        return Dim(name, value)
     return value
 
 

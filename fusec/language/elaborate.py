@@ -64,6 +64,8 @@ class Elaborator(Blocks):
             return None
 
     def report(self, problem: Problem):
+        if self.site is not None:
+            problem.move_out_of_library(self.site)
         key = (problem.diagnostic.code, problem.diagnostic.label.span)
         if key not in {(d.code, d.label.span) for d in self.errors}:
             self.errors.append(problem.diagnostic)
@@ -99,7 +101,7 @@ class Elaborator(Blocks):
         found = scope.module.find(node.id)
         if found is not ABSENT:
             return found
-        if scope.config:
+        if scope.config and node.id not in scope.module.pending:
             return self.config_key(node.id)
         raise Silent  # names.py has reported it
 
@@ -169,12 +171,12 @@ class Elaborator(Blocks):
         call = scope.call or (node.span if ref.module.is_std else None)
         inner = Scope(ref.module, {}, scope.path, None, scope.routed, call)
         inner.names.update(self.complete(ref, node, inner))
-        self.check_arguments(decl, arguments, node, inner, None)
-        if decl.via:
-            return self.region(decl, arguments, node, scope, inner)
-        inner.names.update((param.name, a) for param, a in zip(decl.params, arguments, strict=True))
-        result = self.run_op_body(decl, inner)
-        return self.check_result(decl, result, inner)
+        with self.called_from(call):
+            self.check_arguments(decl, arguments, node, inner, None)
+            if decl.via:
+                return self.region(decl, arguments, node, scope, inner)
+            inner.names.update((param.name, a) for param, a in zip(decl.params, arguments, strict=True))
+            return self.check_result(decl, self.run_op_body(decl, inner), inner)
 
     def run_op_body(self, decl, inner):
         """The body of an op. Errors leave through the call, which is where a reader looks for them."""

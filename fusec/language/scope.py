@@ -7,7 +7,7 @@ Compile-time values are Python numbers, strings, booleans, lists and None, axes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..diagnostics import Diagnostic, Label, Span
 from ..ir.graph import S, T, Value
@@ -20,6 +20,13 @@ class Problem(Exception):
     def __init__(self, code, title, span: Span, text="", *, related=(), hint=None, notes=()):
         self.diagnostic = Diagnostic(code, title, Label(span, text), tuple(related), hint, tuple(notes))
         super().__init__(title)
+
+    def move_out_of_library(self, call: Span):
+        """Tells an error found in a library at the user's line that led there; what was found becomes the related place."""
+        found = self.diagnostic
+        if found.label.span.source is not call.source:
+            self.diagnostic = replace(found, label=Label(call, found.label.text),
+                                      related=(Label(found.label.span, "here"), *(r for r in found.related if r.span.source is call.source)))
 
 
 class Silent(Exception):
@@ -68,6 +75,7 @@ class Module:
     names: dict[str, object]
     library: Module | None = None
     is_std: bool = False
+    pending: set[str] = field(default_factory=set)  # config names that are not bound yet
 
     def find(self, name):
         """The meaning of a top-level name, or ABSENT."""

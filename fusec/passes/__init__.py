@@ -4,10 +4,11 @@ from .commute_scales import commute_scales
 from .fuse import fuse
 from .hoist_invariants import hoist_invariants
 from .merge_projections import merge_projections
+from .plan_memory import plan_memory
 from .select_rows import select_rows
 from .simplify import simplify
 
-PIPELINE = (simplify, hoist_invariants, select_rows, merge_projections, commute_scales, simplify, fuse)
+PIPELINE = (simplify, hoist_invariants, select_rows, merge_projections, commute_scales, simplify, fuse, plan_memory)
 
-# On a machine without a GPU torch runs the graph: fewer, larger contractions, arithmetic as the program's text has it.
+# On a machine without a GPU torch runs the graph: fewer, larger contractions, and arithmetic as the program's text has it.
 TORCH_PIPELINE = (simplify, hoist_invariants, select_rows, merge_projections, simplify)

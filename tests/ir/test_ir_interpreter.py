@@ -77,7 +77,7 @@ def test_where_and_logic():
 
 @pytest.mark.parametrize("x", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_results_have_the_type_the_rule_infers(x):
-    """Where torch's promotion would differ: integers beside fractions, and tensors without axes beside literals or wider types."""
+    """Where torch promotes otherwise: integers beside fractions, tensors without axes beside literals or wider types."""
     types, i, half = dtypes(x), make("index", dtype="int", dims=(B,)), make("const", value=0.5)
     v = argument("v", T, A)
     tokens, data = argument("n", T, dtype="int"), normal(TOKENS, 3).to(x)

@@ -97,8 +97,8 @@ def test_odd_names_are_quoted():
     x = make("input", name="not a word", dtype="x", dims=(T, Dim("K/2*(1+1)", 4)))
     y = make("neg", x, origin=Origin("my file.fuse", 3, 4, "a b: 5:6"))
     z = make("neg", y, origin=Origin("", 0, 0, "3:4"))
-    w = Value("neg", (z,), {}, "x", (Dim("a dim", 3), *z.dims), Origin("", 7, 1))
-    graph = Graph("odd name", (x,), (w,), {"note": 'say "hi"\n'})
+    w = Value("neg", (z,), {}, "x", (Dim("A + B", 3), Dim("[dim]", 2), *z.dims), Origin("", 7, 1))
+    graph = Graph("odd name", (x,), (w,), {"note": 'say "hi"\n', "refusals": (object(),)})
     text = print_graph(graph)
     assert same(graph, read_graph(text), origins=True)
     assert [v.origin for v in read_graph(text).walk()] == [v.origin for v in graph.walk()]

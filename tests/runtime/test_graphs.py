@@ -7,7 +7,9 @@ from test_llm_fake import EOS, KINDS, PROMPTS, VOCAB, FakeTokenizer, answers
 
 from fusec.runtime.llm import LLM
 from fusec.runtime.loading import Model
-from fusec.runtime.sampling import SamplingParams
+from fusec.runtime.sampling import SamplingParams, Variant, sample
+from fusec.runtime.sampling_state import SamplingState
+from fusec.runtime.scheduler import Sequence
 from fusec.runtime.step_buffers import StepBuffers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -66,6 +68,28 @@ def test_advance_is_the_same_in_torch_and_in_triton():
         gpu.advance(tokens.cuda())
         for name in ("ids", "positions", "context_lens", "slots", "ring", "cursor"):
             assert torch.equal(getattr(cpu, name), getattr(gpu, name).cpu()), name
+
+
+@pytest.mark.parametrize("vocab_size", [7, 1024, 50001])
+def test_draw_is_the_same_in_torch_and_in_triton(vocab_size):
+    generator = torch.Generator().manual_seed(1)
+    kinds = [dict(temperature=0), {}, dict(temperature=0.3), dict(top_p=0.8), dict(top_k=3, temperature=2), dict(min_p=0.1)]
+    logits = torch.randn(len(kinds) + 1, vocab_size, generator=generator) * 3
+    logits[-1, vocab_size // 2] = torch.nan
+    params = [SamplingParams(**kind) for kind in [*kinds, {}]]
+    variant = Variant.covering(each.variant for each in params)
+    differ = 0
+    for step in range(50):
+        tokens = []
+        for device in ("cpu", "cuda"):
+            state = SamplingState(len(params), vocab_size, torch.device(device))
+            for row, each in enumerate(params):
+                state.seat(row, Sequence([1], each, 9, seed=row), lambda array, device=device: torch.from_numpy(array).to(device))
+            positions = torch.full((len(params),), step, dtype=torch.int32, device=device)
+            tokens.append(sample(logits.to(device), state.select(slice(None), False), positions, variant).tokens.cpu())
+        assert tokens[0][-1] == tokens[1][-1] == -1 and tokens[0][0] == tokens[1][0]
+        differ += (tokens[0] != tokens[1]).sum().item()
+    assert differ <= 1  # a tie in the last bit
 
 
 def test_speed_of_a_step_is_the_device_s():

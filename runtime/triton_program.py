@@ -1,0 +1,109 @@
+"""The triton backend: generated kernels over an arena of fixed addresses, packed weights and a paged cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+import triton
+
+from fusec.compiler import Compiled
+from fusec.runtime.batch import Batch
+from fusec.runtime.hub import cache_folder
+from fusec.runtime.program import cache_bytes, cache_sizes
+from fusec.runtime.weights import Loader, prepare
+
+
+class TritonProgram:
+    """See Program. Generated code finds here what it names: `weights`, `caches`, buffers as attributes, `block_size`, `scratch`."""
+
+    supports_graphs = True
+
+    def __init__(self, compiled: Compiled, loader: Loader, dtype: torch.dtype, device: torch.device, *, max_tokens: int, progress=None):
+        module = compiled.module
+        self.compiled, self.module, self.dtype, self.device = compiled, module, dtype, device
+        self.vocab_size = compiled.graph.outputs[0].dims[-1].size
+        self.cache_bytes_per_token = cache_bytes(compiled, dtype)
+        self.max_tokens = -(-max_tokens // 16) * 16
+        torch.cuda.set_device(device)
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
+        self.program = load_source(module.kernels_py, module.program_py)
+        self.program.PDL = torch.cuda.get_device_capability(device) >= (9, 0)
+        self.weights: dict[str, torch.Tensor] = {}
+        for i, weight in enumerate(module.weights.values()):
+            self.weights[weight.name] = prepare(weight, loader, dtype)
+            if progress:
+                progress(i + 1, len(module.weights))
+        self.arena = torch.empty(compiled.graph.attrs["arena"] * self.max_tokens, dtype=torch.uint8, device=device)
+        for name, (offset, numel, kind) in module.buffers.items():
+            view = self.arena[offset * self.max_tokens:].view(getattr(torch, kind))[:numel * self.max_tokens]
+            setattr(self, name, view.view(self.max_tokens, numel))
+        self.caches: dict[str, torch.Tensor] = {}
+        self._scratch: dict[tuple, tuple] = {}
+
+    def allocate_cache(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.caches = {name: torch.zeros(num_blocks, block_size, *sizes, dtype=self.dtype, device=self.device)
+                       for name, sizes in cache_sizes(self.compiled).items()}
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        if batch.ids.shape[0] > self.max_tokens:
+            raise ValueError(f"a step of {batch.ids.shape[0]} tokens; the arena holds {self.max_tokens}")
+        return self.program.step(self, batch)
+
+    def scratch(self, launch) -> tuple[torch.Tensor, ...]:
+        """Scratch of a decode attention launch: kept for each shape, so that its address is fixed; layers share it in turn."""
+        from fusec.codegen.attention_schedule import decode_scratch
+
+        shapes = decode_scratch(launch)
+        key = tuple(shapes.values())
+        if key not in self._scratch:
+            self._scratch[key] = tuple(torch.zeros(shape, dtype=getattr(torch, kind), device=self.device) for shape, kind in key)
+        return self._scratch[key]
+
+
+def build_folder(kernels_py: str, program_py: str) -> Path:
+    """Where the generated source of this text lies: a private folder in the user's cache, named by its hash."""
+    digest = hashlib.sha256((kernels_py + program_py).encode()).hexdigest()[:16]
+    folder = cache_folder() / "programs" / digest
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for name, text in (("kernels.py", kernels_py), ("program.py", program_py)):
+        path = folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+    return folder
+
+
+def load_source(kernels_py: str, program_py: str):
+    """The generated program as a module; its kernels are files on disk, which is where Triton reads them."""
+    folder = build_folder(kernels_py, program_py)
+    return load_folder(folder)
+
+
+def load_folder(folder: Path):
+    """A build folder's `program.py`, with its own `kernels.py` beside it."""
+    modules = []
+    for name in ("kernels", "program"):
+        spec = importlib.util.spec_from_file_location(f"fusec_build_{folder.name}_{name}", folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        modules.append((spec, module))
+    (kernels_spec, kernels), (program_spec, program) = modules
+    sys.modules[kernels_spec.name] = kernels
+    kernels_spec.loader.exec_module(kernels)
+    shadowed = sys.modules.get("kernels")
+    sys.modules["kernels"] = kernels  # program.py says `import kernels`, so that it also runs by itself
+    try:
+        program_spec.loader.exec_module(program)
+    finally:
+        if shadowed is None:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = shadowed
+    return program
