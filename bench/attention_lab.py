@@ -299,7 +299,8 @@ def pool_cases(lens, queries=None):
             tables[b, :count] = order[at:at + count]
             at += count
         q = torch.randn(sum(queries), 4096 + 2048, device="cuda", dtype=torch.bfloat16)[:, :4096].view(-1, 8, 4, 128)
-        cases.append(Case(q, k_cache, v_cache, tables, starts, torch.tensor(lens, device="cuda", dtype=torch.int32), queries, lens))
+        contexts = torch.tensor(lens, device="cuda", dtype=torch.int32)
+        cases.append(Case(q, k_cache, v_cache, tables, starts, contexts, queries, lens))
     return cases
 
 
@@ -316,7 +317,8 @@ def time_decode():
             except Exception as e:
                 print("fail", tile, repr(e)[:90])
         gb = sum(lens) * 4096 / 1e3
-        print(f"decode {name:10} flashinfer {FLASHINFER.get(name, 0):6.1f} | us, us with PDL, GB/s, (block, warps, stages, splits)")
+        peer = FLASHINFER.get(name, float("nan"))
+        print(f"decode {name}: FlashInfer {peer} us | us, with PDL, GB/s, (block, warps, stages, splits)")
         for by in (0, 1):
             best = sorted(rows[1:], key=lambda r: r[by])[:4]
             print("   ", "  ".join(f"{r[0]:.1f} {r[1]:.1f} {gb / r[by]:.0f} {r[2]}" for r in [rows[0], *best]), flush=True)
@@ -337,14 +339,14 @@ def time_prefill():
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             sdpa = flops / graph_us([partial(scaled_dot_product_attention, *qkv, is_causal=True)] * 3)
         best = sorted(rows[1:], key=lambda r: -r[0])
-        print(f"prefill {name} TFLOP/s; cuDNN {sdpa:.0f} |", "  ".join(f"{t:.0f} {tile}" for t, tile in [rows[0], *best]), flush=True)
+        print(f"prefill {name} TFLOP/s; cuDNN {sdpa:.0f} |", *(f"{t:.0f} {tile} " for t, tile in [rows[0], *best]), flush=True)
 
 
 CHECK_SHAPES = [(8, 4, 128, 128, 16), (2, 3, 80, 64, 16), (4, 1, 64, 128, 32), (1, 8, 256, 256, 16)]
 
 
 def check(shard, shards):
-    """bfloat16 against float64 on the GPU: every kind of mask and score, skewed lengths, several splits, repeated launches."""
+    """bfloat16 against float64 on the GPU: every kind of mask and score, skewed lengths, several splits, repeats."""
     worst, lens = 0.0, [1, 0, 37, 5000, 64, 1029, 16, 700]
     for kind, (G, R, K, J, page) in list(itertools.product(KINDS, CHECK_SHAPES))[shard::shards]:
         context, score, keep = KINDS[kind]

@@ -95,7 +95,10 @@ class Label:
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One finding. `label` is the place that is wrong; `related` are the declarations it disagrees with. `code` is a section of `grammar/diagnostics.md`."""
+    """One finding: `label` is the place that is wrong, `related` are the declarations it disagrees with.
+
+    code: a section of `grammar/diagnostics.md`.
+    """
 
     code: str
     title: str

@@ -29,10 +29,11 @@ class TritonProgram:
         self.vocab_size = compiled.graph.outputs[0].dims[-1].size
         self.cache_bytes_per_token = cache_bytes(compiled, dtype)
         self.max_tokens = -(-max_tokens // 16) * 16
-        torch.cuda.set_device(device)
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
         self.program = load_source(module.kernels_py, module.program_py)
-        self.program.PDL = torch.cuda.get_device_capability(device) >= (9, 0)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
+        self.program.PDL = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self.weights: dict[str, torch.Tensor] = {}
         for i, weight in enumerate(module.weights.values()):
             self.weights[weight.name] = prepare(weight, loader, dtype)

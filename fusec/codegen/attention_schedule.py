@@ -61,7 +61,7 @@ def decode_launch(batch: int, max_context: int, *, G: int, R: int, K: int, J: in
         block_n, num_warps, num_stages, splits = 32, 2, 4, 4 if pairs <= 4 * multiprocessors else 2
     wide = max(1, row // 256) * max(1, padded(R) // 16)
     block_n = max(16, block_n // wide)
-    num_warps = num_warps if wide == 1 else 4
+    num_warps = num_warps if wide == 1 else 4 if R <= 32 else 8
     chunk = block_n if pairs <= multiprocessors else 2048 if pairs <= 4 * multiprocessors else 4096
     splits = min(splits, 64, padded(-(-max_context // chunk)))
     constants = dict(G=G, R=R, K=K, J=J, PAGE=page, BLOCK_R=max(16, padded(R)), BLOCK_K=padded(K), BLOCK_J=padded(J),

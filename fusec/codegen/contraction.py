@@ -65,7 +65,7 @@ class Contraction:
         self.k_dims = [d for d in self.x.dims if d.name in over]
         self.k = math.prod(d.size for d in self.k_dims)
         self.row_dim = next(n for n in anchor.names if n in RUNTIME)
-        after = self.dependents()
+        self.after = after = self.dependents()
         self.segments = self.form_segments(after)
         self.leaves = max(len(s.leaves) for s in self.segments)
         start = 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..ir.graph import Value
 from ..ir.ops import OPS
 
-INFIX = ("add", "sub", "mul", "div", "mod", "lt", "le", "gt", "ge", "eq", "and", "or")
+INFIX = ("add", "sub", "mul", "div", "lt", "le", "gt", "ge", "eq", "and", "or")
 WIDTH = 100  # longest expression written on one line
 
 

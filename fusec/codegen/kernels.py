@@ -19,6 +19,7 @@ import jinja2
 from ..ir.graph import Graph, Value
 from ..ir.ops import OPS
 from ..passes.analysis import RUNTIME, axis
+from ..passes.extract import result_name
 from .contraction import Contraction, pieces
 from .expressions import Emitter, Index, Names, Params, coordinates, strip, term
 
@@ -91,7 +92,7 @@ class Writer:
 def output_name(body: Graph, number: int) -> str:
     output = body.outputs[number]
     if output.op == "cache":
-        return output.attrs["name"].rpartition(".")[2] + "_cache"
+        return result_name(output)
     return "out" if sum(o.op != "cache" for o in body.outputs) == 1 else f"out{number}"
 
 
@@ -152,10 +153,12 @@ def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_
     beside = reductions(parts.beside, emitter)
     given |= {r["op"]: r["name"] for r in beside}
 
+    epilogue_reads = {i for v in parts.after for i in v.inputs}
     scalars: list[str] = []  # what the epilogue makes of a whole row's reduction, once for all segments
     shared = w.emitter({parts.row_dim: row}, given, scalars)
     for value in parts.body.walk():
-        if value.inputs and value not in given and not axis(value) and any(i in given for i in value.inputs):
+        derived = value.inputs and any(i in given for i in value.inputs)
+        if value not in given and not axis(value) and (derived or value.op == "input" and value in epilogue_reads):
             text = shared.write(value)
             shared.known[value] = given[value] = text if text.isidentifier() else shared.assign(w.names.of(value), text)
     epilogue = scalars
@@ -236,9 +239,9 @@ def row_kernel(kernel: Value, name: str, comment, dtype: str) -> Source:
     runtime, sized = [d for d in rows if d.name in RUNTIME], [d for d in rows if d.name not in RUNTIME]
     repeat = math.prod(d.size for d in sized)
     lines: list[str] = []
-    base = {runtime[0].name: Index("m" if repeat == 1 else "t", ("m_mask",))}
+    base = {runtime[0].name: Index("t" if sized else "m", ("m_mask",))}
     w.row_index = base[runtime[0].name].text
-    if repeat > 1:
+    if sized:
         lines.append(f"t = m // {repeat}")
         lines.append(f"i = m % {repeat}")
         base |= coordinates(sized, "i", ("m_mask",), lines, w.names)

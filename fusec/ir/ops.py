@@ -14,6 +14,7 @@ the result's. A Triton spelling is a format string over its operands (float32 in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -115,7 +116,7 @@ for _name, _rule, _torch, _triton, _doc in (
     ("sub", _elementwise, "torch.sub({0}, {1})", "{0} - {1}", "a - b"),
     ("mul", _elementwise, "torch.mul({0}, {1})", "{0} * {1}", "a * b"),
     ("div", _real, "torch.div({0}, {1})", "{0} / {1}", "a / b; integers divide to float32"),
-    ("mod", _elementwise, "torch.remainder({0}, {1})", "{0} % {1}", "a % b"),
+    ("mod", _elementwise, "torch.remainder({0}, {1})", "((({0}) % {1} + {1}) % {1})", "a % b, with the divisor's sign"),
     ("pow", _real, "torch.pow({0}, {1})", "libdevice.pow({0}, {1})", "a ^ b"),
     ("neg", _elementwise, "torch.neg({0})", "-{0}", "-a"),
     ("abs", _elementwise, "torch.abs({0})", "tl.abs({0})", "|a|"),
@@ -125,7 +126,7 @@ for _name, _rule, _torch, _triton, _doc in (
     ("rsqrt", _real, "torch.rsqrt({0})", "tl.rsqrt({0})", "1 / square root"),
     ("sin", _real, "torch.sin({0})", "tl.sin({0})", "sine, radians"),
     ("cos", _real, "torch.cos({0})", "tl.cos({0})", "cosine, radians"),
-    ("tanh", _real, "torch.tanh({0})", "libdevice.tanh({0})", "hyperbolic tangent"),
+    ("tanh", _real, "torch.tanh({0})", "(2 * tl.sigmoid(2 * {0}) - 1)", "hyperbolic tangent"),
     ("erf", _real, "torch.erf({0})", "tl.erf({0})", "error function"),
     ("floor", _real, "torch.floor({0})", "tl.floor({0})", "largest integer not above a"),
     ("maximum", _elementwise, "torch.maximum({0}, {1})", "tl.maximum({0}, {1})", "the larger of two"),
@@ -141,7 +142,7 @@ for _name, _rule, _torch, _triton, _doc in (
     ("cast", lambda i, a: (a["to"], i[0].dims), "{0}.to(to)", None,
      "To another dtype. attrs: to. Inside a kernel arithmetic is float32: a cast down takes effect where the value is stored."),
 ):
-    define(_name, "elementwise", _triton.count("{") if _triton else 1, _rule, _torch, _triton, _doc)
+    define(_name, "elementwise", len(set(re.findall(r"{\d}", _torch))), _rule, _torch, _triton, _doc)
 
 # ---- reductions and contraction ---------------------------------------------------------------------------------------------------
 

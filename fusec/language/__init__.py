@@ -9,7 +9,7 @@ Nothing here needs a GPU, a checkpoint, torch or the network. Names are imported
 from __future__ import annotations
 
 _HOME = {"load": "library", "read": "library", "find_example": "library", "examples": "library", "config_keys": "library",
-         "parse": "parser", "format_source": "format", "check_checkpoint": "coverage", "codes": "codes", "explain": "codes"}
+         "parse": "parser", "format_source": "format", "check_checkpoint": "coverage", "registry": "codes", "explain": "codes"}
 
 __all__ = sorted(_HOME)
 

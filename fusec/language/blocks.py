@@ -25,7 +25,7 @@ class Blocks(Expressions):
 
     @contextlib.contextmanager
     def called_from(self, call):
-        """Errors inside the library are told at the user's line that led there. `call`: that line, or None outside the library."""
+        """Errors inside the library are told at the user's line that led there (`call`; None outside the library)."""
         before, self.site = self.site, call
         try:
             yield
@@ -36,7 +36,7 @@ class Blocks(Expressions):
         finally:
             self.site = before
 
-    # ---- compile-time parameters --------------------------------------------------------------------------------------------------
+    # ---- compile-time parameters ------------------------------------------------------------------------------------
 
     def bind(self, ref: OpRef | BlockRef, node: syntax.Subscript, scope: Scope):
         """`Linear[D -> F]`, `attend[K, mask=causal]`: the reference with these parameters bound."""
@@ -95,7 +95,7 @@ class Blocks(Expressions):
         bound = Primitive(primitive.name, primitive.build, primitive.arity, primitive.statics, arguments)
         return bound.build(self, bound, (), node, scope) if primitive.name == "index" else bound
 
-    # ---- fields -------------------------------------------------------------------------------------------------------------------
+    # ---- fields -----------------------------------------------------------------------------------------------------
 
     def field(self, owner: Instance, field: syntax.Field, scope: Scope):
         """What a field's name stands for in the body: a weight, a block, or a stack of blocks."""
@@ -111,7 +111,8 @@ class Blocks(Expressions):
         path = ".".join(filter(None, (owner.path, *field.path)))
         if isinstance(field.type, syntax.Shape):
             if field.count is not None:
-                raise Problem("FUS043", "a tensor cannot be stacked", field.name_span, "has a count", hint="stack a block that holds it")
+                raise Problem("FUS043", "a tensor cannot be stacked", field.name_span, "has a count",
+                              hint="stack a block that holds it")
             with self.called_from(owner.field.type.span if owner.field and owner.module.is_std else None):
                 return self.weight(owner, field, path, scope)
         tied = field.tied is not None and (field.condition is None or self.condition(field.condition, scope))
@@ -130,7 +131,8 @@ class Blocks(Expressions):
         if not isinstance(ref, BlockRef):
             raise Problem("FUS043", "a block or a shape was expected", field.type.span, f"this is {describe(ref)}")
         self.fields_at.setdefault(path, field)
-        return Instance(ref, self.complete(ref, field.type, scope), path, field, ref.module, stack if stack is not None else owner.stack)
+        return Instance(ref, self.complete(ref, field.type, scope), path, field, ref.module,
+                        stack if stack is not None else owner.stack)
 
     def tied_path(self, owner, field, scope) -> str:
         """The path whose weights a tied field shares."""
@@ -153,7 +155,8 @@ class Blocks(Expressions):
         here = owner.field or field
         shape, parts = dims.storage(axes)
         if None in shape:
-            raise Problem("FUS020", "a weight has no run-time dims", field.type.span, f"holds {dims.show(axes[shape.index(None)])}")
+            raise Problem("FUS020", "a weight has no run-time dims", field.type.span,
+                          f"holds {dims.show(axes[shape.index(None)])}")
         first_shape, first = self.storage.setdefault(key, (shape, here))
         if first_shape != shape:
             raise Problem("FUS073", "tied weights of different shapes", here.type.span, f"stores {list(shape)}",
@@ -168,7 +171,8 @@ class Blocks(Expressions):
                               f"would be stored as [{', '.join(map(dims.show, axes))}]",
                               hint=f"give one of them another name in config: {twice}2 = {twice}")
             values.append(ops.make(
-                "weight", dtype="x", dims=stack + part.dims, key=key, shape=tuple(d.size for d in stack) + shape, offset=part.offset,
+                "weight", dtype="x", dims=stack + part.dims, key=key, shape=tuple(d.size for d in stack) + shape,
+                offset=part.offset,
                 strides=tuple(math.prod(shape) for _ in stack) + part.strides, origin=self.origin(_At(here.span), origin_scope)))
         result = self.weights[key, axes] = values[0] if len(values) == 1 else Many(tuple(values))
         return result
@@ -179,7 +183,7 @@ class Blocks(Expressions):
             return Many(tuple(self.pick(w, stack, field, scope) for w in weight.values))
         return self.make("gather", weight, scope.routed, dim=stack.name, node=field, scope=scope)
 
-    # ---- stacks -------------------------------------------------------------------------------------------------------------------
+    # ---- stacks -----------------------------------------------------------------------------------------------------
 
     def count(self, stack: Stack) -> int:
         number = self.number(stack.count, stack.field.count)
@@ -191,7 +195,8 @@ class Blocks(Expressions):
         """`layers[3]`, or `experts[e]` with a tensor e."""
         if isinstance(index, Value):
             if not isinstance(stack.count, Dim):
-                raise Problem("FUS020", "a routed stack is counted by a dim", stack.field.count.span, f"this is {describe(stack.count)}")
+                raise Problem("FUS020", "a routed stack is counted by a dim", stack.field.count.span,
+                              f"this is {describe(stack.count)}")
             if index.dtype != "int":
                 raise Problem("FUS050", "a stack is indexed by integers", node.arguments[0].span, f"this is {index.dtype}")
             inner = Scope(stack.owner.module, dict(stack.owner.statics), stack.path)
@@ -225,7 +230,7 @@ class Blocks(Expressions):
                 return POISON
         return result
 
-    # ---- calls --------------------------------------------------------------------------------------------------------------------
+    # ---- calls ------------------------------------------------------------------------------------------------------
 
     def enter(self, instance: Instance, arguments, node, scope: Scope, routed=None):
         """Calls a block. The values it makes carry its path."""
@@ -234,7 +239,8 @@ class Blocks(Expressions):
         if any(a is POISON for a in arguments):
             return POISON
         call = scope.call or (node.span if instance.module.is_std else None)
-        inner = Scope(instance.module, dict(instance.statics), instance.path, instance, scope.routed if routed is None else routed, call)
+        inner = Scope(instance.module, dict(instance.statics), instance.path, instance,
+                      scope.routed if routed is None else routed, call)
         with self.called_from(call):
             self.check_arguments(decl, arguments, node, inner, instance.field)
             inner.names.update((param.name, a) for param, a in zip(decl.params, arguments, strict=True))
@@ -254,5 +260,6 @@ def _signature(decl) -> str:
     """`Linear[I -> O]`, as declared."""
     text = ""
     for before, static in zip((None, *decl.statics), decl.statics, strict=False):
-        text += ("" if before is None else " -> " if before.arrow else ", ") + static.name + ("=…" if static.default is not None else "")
+        separator = "" if before is None else " -> " if before.arrow else ", "
+        text += separator + static.name + ("=…" if static.default is not None else "")
     return f"{decl.name}[{text}]" if text else decl.name

@@ -23,7 +23,7 @@ class Code:
 
 
 @functools.cache
-def codes() -> dict[str, Code]:
+def registry() -> dict[str, Code]:
     """Every code there is, in order."""
     page = resources.files("fusec.grammar").joinpath("diagnostics.md").read_text(encoding="utf-8")
     found = {}
@@ -38,9 +38,9 @@ def codes() -> dict[str, Code]:
 
 def explain(code: str) -> str:
     """The long explanation of a code. Raises UsageError for one that does not exist."""
-    known = codes().get(code.upper())
+    known = registry().get(code.upper())
     if known is None:
-        raise UsageError(f"no diagnostic {code}", expected="a code such as FUS021", hint=did_you_mean(code.upper(), codes()))
+        raise UsageError(f"no diagnostic {code}", expected="a code such as FUS021", hint=did_you_mean(code.upper(), registry()))
     parts = [f"{known.code}: {known.title}", known.text]
     for title, program in (("wrong:", known.wrong), ("right:", known.right)):
         if program:

@@ -9,14 +9,17 @@ from ..ir.graph import Dim
 from . import dims, syntax
 from .scope import POISON, Missing, Problem, Scope, Table
 
-# Keys that change what a model computes, and the values that stand for "not used". A config that sets one of them to anything else
-# describes a model that a program which never reads the key does not compute.
+# Keys that change what a model computes, and the values that stand for "not used". A program that never reads such a key does not
+# compute the model of a config that sets it to anything else.
 _MEANINGFUL = {
     "attention_bias": (None, False), "mlp_bias": (None, False), "qkv_bias": (None, False), "clip_qkv": (None,),
     "sliding_window": (None, 0), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
-    "partial_rotary_factor": (None, 1, 1.0), "num_experts": (None, 0, 1), "num_local_experts": (None, 0, 1), "n_routed_experts": (None, 0, 1),
-    "kv_lora_rank": (None,), "embedding_multiplier": (None, 1, 1.0), "residual_multiplier": (None, 1, 1.0), "logits_scaling": (None, 1, 1.0),
-    "logit_scale": (None, 1, 1.0), "use_qk_norm": (None, False), "qk_layernorm": (None, False), "use_parallel_residual": (None, False),
+    "partial_rotary_factor": (None, 1, 1.0), "num_experts": (None, 0, 1), "num_local_experts": (None, 0, 1),
+    "n_routed_experts": (None, 0, 1),
+    "kv_lora_rank": (None,), "embedding_multiplier": (None, 1, 1.0), "residual_multiplier": (None, 1, 1.0),
+    "logits_scaling": (None, 1, 1.0),
+    "logit_scale": (None, 1, 1.0), "use_qk_norm": (None, False), "qk_layernorm": (None, False), "use_parallel_residual": (None,
+                                                                                                                          False),
 }
 
 _EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts"}  # one fact under three names
@@ -67,7 +70,8 @@ def missing_key(elaborator, key: str, node) -> Problem:
     near = nearest(key, flat_keys(elaborator.config))
     hint = f"did you mean {near}? " if near else ""
     return Problem("FUS030", f"the config has no {key}", node.span, "is not in config.json",
-                   hint=f"{hint or ''}{'otherwise' if hint else 'or'} give it a default: {key} ?? value".replace("or give", "give", 1))
+                   hint=f"{hint or ''}{'otherwise' if hint else 'or'} give it a default: {key} ?? value".replace("or give",
+                                                                                                                 "give", 1))
 
 
 def extra_keys(config: dict, read: set[str], span: Span) -> list[Diagnostic]:
@@ -100,6 +104,7 @@ def key_path(node) -> tuple[str, ...] | None:
 
 def flat_keys(config: dict) -> list[str]:
     """Every key of a config, nested ones dotted."""
-    return [name for key, value in config.items() for name in (key, *(f"{key}.{k}" for k in (value if isinstance(value, dict) else ())))]
+    return [name for key, value in config.items() for name in (key, *(f"{key}.{k}" for k in (value if isinstance(value,
+                                                                                                                 dict) else ())))]
 
 

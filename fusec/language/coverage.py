@@ -32,8 +32,8 @@ def stored_shape(value: Value) -> tuple[int, ...]:
 def check_checkpoint(graph: Graph, shapes: dict[str, tuple[int, ...]], name: str = "the checkpoint") -> list[Diagnostic]:
     """What is missing from a checkpoint, left over in it, or of another shape.
 
-    shapes: the checkpoint's keys and the shapes of its tensors.  name: what to call it.  A head that is left over because the program
-    ties it to the embedding is not reported.
+    shapes: the checkpoint's keys and the shapes of its tensors.  name: what to call it.  A head that is left over because the
+    program ties it to the embedding is not reported.
     """
     wanted = expected(graph)
     missing = [key for key in wanted if key not in shapes]
@@ -41,7 +41,8 @@ def check_checkpoint(graph: Graph, shapes: dict[str, tuple[int, ...]], name: str
     found = []
     for key in _folded(missing):
         near = nearest(key, spare)
-        found.append(Diagnostic("FUS070", f"{name} has no tensor {key}", _label(wanted[key], f"needs {list(stored_shape(wanted[key]))}"),
+        found.append(Diagnostic("FUS070", f"{name} has no tensor {key}",
+                                _label(wanted[key], f"needs {list(stored_shape(wanted[key]))}"),
                                 hint=f"did you mean {near}?" if near else None, notes=_same_elsewhere(key, missing)))
     for key, value in wanted.items():
         shape = stored_shape(value)
@@ -52,9 +53,9 @@ def check_checkpoint(graph: Graph, shapes: dict[str, tuple[int, ...]], name: str
     for key in _folded(spare):
         if key.startswith("lm_head."):
             continue
-        near = nearest(key, missing or wanted)
+        near = nearest(key, missing)
         found.append(Diagnostic("FUS071", f"{name} holds {key}, which the program never reads", None,
-                                hint=f"did you mean {near}?" if near and missing else "the program may be for another architecture",
+                                hint=f"did you mean {near}?" if near else "the program may be for another architecture",
                                 notes=(f"its shape is {list(shapes[key])}", *_same_elsewhere(key, spare))))
     return found
 

@@ -1,6 +1,7 @@
 """Axis arithmetic: `*` nests, `+` concatenates, `K/2` divides.
 
-An axis of a stored tensor is a tree over named dims. Flattened, each of its components is an affine view: element (i, j, …) of the
+An axis of a stored tensor is a tree over named dims. Flattened, each of its components is an affine view: element (i, j,
+                                                                                                                    …) of the
 component is element offset + i·stride_i + j·stride_j + … of the axis.
 """
 
@@ -73,7 +74,8 @@ def components(axis: Axis) -> tuple[Component, ...]:
 
 
 def _product(outer, inner, inner_size):
-    return tuple(Component(a.dims + b.dims, tuple(s * inner_size for s in a.strides) + b.strides, a.offset * inner_size + b.offset)
+    return tuple(Component(a.dims + b.dims, tuple(s * inner_size for s in a.strides) + b.strides,
+                           a.offset * inner_size + b.offset)
                  for a in outer for b in inner)
 
 

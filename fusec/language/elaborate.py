@@ -10,7 +10,23 @@ from . import dims, primitives, syntax
 from .blocks import Blocks
 from .config import bind_config, config_key, missing_key
 from .names import check_names
-from .scope import ABSENT, POISON, BlockRef, Instance, Many, Module, OpRef, Primitive, Problem, Routed, Scope, Silent, Stack, describe, show_dims
+from .scope import (
+    ABSENT,
+    POISON,
+    BlockRef,
+    Instance,
+    Many,
+    Module,
+    OpRef,
+    Primitive,
+    Problem,
+    Routed,
+    Scope,
+    Silent,
+    Stack,
+    describe,
+    show_dims,
+)
 
 _TEMPLATES = ("attention",)
 _DTYPES = {"int": "int", "f32": "f32", "bool": "bool"}
@@ -51,9 +67,9 @@ class Elaborator(Blocks):
         models = [d for d in module.program.of(syntax.Block) if d.is_model]
         bind_config(self, module)
         if len(models) != 1:
-            at = models[1].name_span if models else Span(module.program.source, 0, 0)
-            self.errors.append(Diagnostic("FUS005", "a program has one model", Label(at, "is a second one" if models else "has none"),
-                                          hint="declare it with model Name(ids: int[T], pos: int[T]) -> [T, V]" if not models else None))
+            here = Label(models[1].name_span, "is a second one") if models else Label(Span(module.program.source, 0, 0), "has none")
+            hint = None if models else "declare it with model Name(ids: int[T], pos: int[T]) -> [T, V]"
+            self.errors.append(Diagnostic("FUS005", "a program has one model", here, hint=hint))
             return None
         try:
             return self.model(models[0], module)
@@ -76,7 +92,8 @@ class Elaborator(Blocks):
         arguments = []
         for param in decl.params:
             if param.type is None:
-                raise Problem("FUS020", f"the model's argument {param.name} has no type", param.span, hint=f"write {param.name}: int[T]")
+                raise Problem("FUS020", f"the model's argument {param.name} has no type", param.span,
+                              hint=f"write {param.name}: int[T]")
             dtype, _, axes = self.type(param.type, scope)
             arguments.append(ops.make("input", dtype=dtype, dims=tuple(d for a in axes for d in dims.dims_of(a)), name=param.name,
                                       origin=self.origin(param, scope)))
@@ -89,7 +106,7 @@ class Elaborator(Blocks):
             raise Problem("FUS061", "no template implements this efficiently", decl.body.result.span, "still has the history S")
         return Graph(decl.name, tuple(arguments), (result,))
 
-    # ---- names --------------------------------------------------------------------------------------------------------------------
+    # ---- names ------------------------------------------------------------------------------------------------------
 
     def lookup(self, node: syntax.Name, scope: Scope):
         if node.id in scope.names:
@@ -108,7 +125,7 @@ class Elaborator(Blocks):
     def suggest(self, name, known):
         return did_you_mean(name, known)
 
-    # ---- statements ---------------------------------------------------------------------------------------------------------------
+    # ---- statements -------------------------------------------------------------------------------------------------
 
     def run_body(self, body: syntax.Body, scope: Scope):
         """Evaluates a body's lets and its result. A let that fails is reported, and its names hold POISON."""
@@ -138,9 +155,12 @@ class Elaborator(Blocks):
             self.report(Problem("FUS041", "wrong number of results", let.names[0].span.to(let.names[-1].span),
                                 f"{len(names)} name{'s' * (len(names) > 1)} for {found} result{'s' * (found > 1)}"))
             values = [POISON] * len(names)
+        if self.errors and scope.instance is not None:  # a let that hides a field was reported: say no more about either
+            fields = {f.name for f in scope.instance.ref.decl.fields}
+            values = [POISON if n in fields else v for n, v in zip(names, values, strict=True)]
         scope.names.update(zip(names, values, strict=True))
 
-    # ---- calls --------------------------------------------------------------------------------------------------------------------
+    # ---- calls ------------------------------------------------------------------------------------------------------
 
     def apply(self, function, arguments, node, scope):
         """Calls whatever can be called."""
@@ -161,7 +181,8 @@ class Elaborator(Blocks):
 
     def count_arguments(self, name, wanted, arguments, node, decl):
         if wanted is not None and len(arguments) != wanted:
-            related = [Label(decl.name_span, f"takes {', '.join(p.name for p in decl.params) or 'none'}")] if decl is not None else []
+            takes = ", ".join(p.name for p in decl.params) or "none" if decl is not None else ""
+            related = [Label(decl.name_span, f"takes {takes}")] if decl is not None else []
             raise Problem("FUS040", "wrong number of arguments", node.span,
                           f"{name} takes {wanted} argument{'s' * (wanted != 1)}, this gives {len(arguments)}", related=related)
 
@@ -196,7 +217,8 @@ class Elaborator(Blocks):
             for param, argument in zip(decl.params, arguments, strict=True):
                 if isinstance(argument, Value):
                     operands.append(argument)
-                    argument = ops.make("input", dtype=argument.dtype, dims=argument.dims, name=param.name, origin=argument.origin)
+                    argument = ops.make("input", dtype=argument.dtype, dims=argument.dims, name=param.name,
+                                        origin=argument.origin)
                     made.add(argument)
                     inputs.append(argument)
                 inner.names[param.name] = argument
@@ -214,17 +236,19 @@ class Elaborator(Blocks):
             for operand in value.inputs if value in made else ():
                 if operand not in made and operand not in captured:
                     name = f"captured{len(captured)}"
-                    captured[operand] = ops.make("input", dtype=operand.dtype, dims=operand.dims, name=name, origin=operand.origin)
+                    captured[operand] = ops.make("input", dtype=operand.dtype, dims=operand.dims, name=name,
+                                                 origin=operand.origin)
         body = Graph(decl.name, (*inputs, *captured.values()), (result,))
         body = substitute_values(body, captured) if captured else body
-        return self.make("via", *operands, *captured, dtype=result.dtype, dims=result.dims, template=decl.via, body=body, node=node, scope=scope)
+        return self.make("via", *operands, *captured, dtype=result.dtype, dims=result.dims, template=decl.via, body=body,
+                         node=node, scope=scope)
 
     def cache_name(self, scope: Scope) -> str:
         """A name for one cache: the block's path and a count."""
         count = self.caches[scope.path] = self.caches.get(scope.path, -1) + 1
         return f"{scope.path}.cache{count}" if scope.path else f"cache{count}"
 
-    # ---- annotations --------------------------------------------------------------------------------------------------------------
+    # ---- annotations ------------------------------------------------------------------------------------------------
 
     def type(self, node, scope: Scope) -> tuple[str, bool, tuple]:
         """A type annotation -> (dtype, whether more dims are allowed, its axes)."""
@@ -264,7 +288,8 @@ class Elaborator(Blocks):
         wanted = tuple(dict.fromkeys(d for a in axes for d in dims.dims_of(a)))
         related = [Label(decl.result.span, "declared here")]
         if not isinstance(result, Value):
-            raise Problem("FUS041", "wrong number of results", decl.body.result.span, f"returns {describe(result)}", related=related)
+            raise Problem("FUS041", "wrong number of results", decl.body.result.span, f"returns {describe(result)}",
+                          related=related)
         if not self.fits(result, wanted, rest, scope):
             least = "at least " if rest else ""
             raise Problem("FUS021", "dimension mismatch", decl.body.result.span,

@@ -24,7 +24,8 @@ from .scope import (
     show_dims,
 )
 
-_OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "%": "mod", "^": "pow", "<": "lt", "<=": "le", ">": "gt", ">=": "ge",
+_OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "%": "mod", "^": "pow", "<": "lt", "<=": "le", ">": "gt",
+              ">=": "ge",
               "==": "eq", "and": "and", "or": "or"}
 
 
@@ -48,7 +49,7 @@ class Expressions:
     def __init__(self):
         self.errors, self.regions = [], []
 
-    # ---- making values ------------------------------------------------------------------------------------------------------------
+    # ---- making values ----------------------------------------------------------------------------------------------
 
     def origin(self, node, scope: Scope) -> Origin:
         span = scope.call or node.span
@@ -75,7 +76,7 @@ class Expressions:
         number = int(number) if isinstance(number, bool) else number
         return self.keep(ops.make("const", value=number, origin=self.origin(node, scope)))
 
-    # ---- conversions --------------------------------------------------------------------------------------------------------------
+    # ---- conversions ------------------------------------------------------------------------------------------------
 
     def number(self, value, node):
         """A compile-time number (a dim stands for its size)."""
@@ -110,7 +111,7 @@ class Expressions:
             hint = "sizes must divide evenly"
         raise Problem("FUS020", "a dim was expected", node.span, f"this is {describe(value)}", hint=hint)
 
-    # ---- expressions --------------------------------------------------------------------------------------------------------------
+    # ---- expressions ------------------------------------------------------------------------------------------------
 
     def value(self, node, scope: Scope):
         """The value of an expression in a body, in config, or in a condition."""
@@ -181,13 +182,14 @@ class Expressions:
         """Applies `function` to each of several tensors; single operands take part in every application."""
         counts = {len(o.values) for o in operands if isinstance(o, Many)}
         if len(counts) > 1:
-            raise Problem("FUS041", "different numbers of tensors", node.span, f"combines {' and '.join(map(str, sorted(counts)))}")
+            raise Problem("FUS041", "different numbers of tensors", node.span,
+                          f"combines {' and '.join(map(str, sorted(counts)))}")
         (count,) = counts
         columns = [o.values if isinstance(o, Many) else (o,) * count for o in operands]
         return Many(tuple(function(*row) for row in zip(*columns, strict=True)))
 
     def contract(self, node, left, right, scope):
-        """`left @ right`: sums products over every dim they share. Tokens, and the dims that route to experts, run in parallel."""
+        """`left @ right`: sums products over every dim they share. Dims that route to experts run in parallel."""
         for side, value in ((node.left, left), (node.right, right)):
             if not isinstance(value, Value):
                 raise Problem("FUS043", "@ contracts two tensors", side.span, f"this is {describe(value)}")
@@ -205,7 +207,8 @@ class Expressions:
             raise Problem("FUS060", "tokens are mixed outside attention", scope.call or node.span, "works along T",
                           hint="only cache and attend look at other tokens, so that T may be the packed tokens of any batch")
         if "S" in names and not self.regions:
-            raise Problem("FUS061", "no template implements this efficiently", scope.call or node.span, "works along the history S",
+            raise Problem("FUS061", "no template implements this efficiently", scope.call or node.span,
+                          "works along the history S",
                           hint="put it into an op via attention, or call attend")
 
     def _choice(self, node, scope):
@@ -220,7 +223,8 @@ class Expressions:
             raise Problem("FUS051", "a choice is made at compile time", node.span, f"this is {describe(value)}",
                           hint="for a choice at run time use where(condition, a, b)")
         if not isinstance(value, bool):
-            raise Problem("FUS032", "true or false was expected", node.span, f"this is {describe(value)}", hint="compare it: … > 0, … == …")
+            raise Problem("FUS032", "true or false was expected", node.span, f"this is {describe(value)}",
+                          hint="compare it: … > 0, … == …")
         return value
 
     def _default(self, node, scope):
@@ -244,7 +248,7 @@ class Expressions:
             return value
         return self.make("cast", value, to=to, node=node, scope=scope)
 
-    # ---- brackets -----------------------------------------------------------------------------------------------------------------
+    # ---- brackets ---------------------------------------------------------------------------------------------------
 
     def static(self, node, scope: Scope):
         """The value of an expression in brackets, where arithmetic on dims builds axes."""

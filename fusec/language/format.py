@@ -1,8 +1,8 @@
 """The formatter: one way to lay out a program, with its comments and its author's grouping kept.
 
-Names, `:` and `=` stand in columns within a run of lines of one kind; a blank line starts a new run. `*`, `/` and `^` are set tight or
-wide as the author wrote them, all other operators wide. A trailing comment keeps its column unless the code reaches it. Blank lines part
-the declarations that have bodies; elsewhere they are kept, never two. Formatting twice changes nothing.
+Names, `:` and `=` stand in columns within a run of lines of one kind; a blank line starts a new run. `*`, `/` and `^` are set
+tight or wide as the author wrote them, all other operators wide. A trailing comment keeps its column unless the code reaches it.
+Blank lines part the declarations that have bodies; elsewhere they are kept, never two. Formatting twice changes nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from . import syntax
 from .parser import parse
 
-_TOKEN = re.compile(r'"[^"\n]*"|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?|[A-Za-z_]\w*|\?\?|->|==|!=|<=|>=|\.\.|[-+*/%@^<>=:,.()\[\]]')
+_TOKEN = re.compile(r'"[^"\n]*"|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[A-Za-z_]\w*'
+                    r"|\?\?|->|==|!=|<=|>=|\.\.|[-+*/%@^<>=:,.()\[\]]")
 _KEYWORDS = {"if", "else", "and", "or", "as", "via", "use", "serves", "op", "block", "model", "config"}
 _OPERATORS = {"+", "-", "*", "/", "%", "@", "^", "<", ">", "<=", ">=", "==", "!=", "??", "->", "="}
 _FREE = {"*", "/", "^"}  # tight or wide, as written
@@ -46,10 +47,9 @@ def format_source(text: str, file: str = "<text>") -> str:
     out = []
     for line in _spaced(lines):
         code = " " * line.indent + line.code
-        if line.comment:
-            code = line.comment if not line.code and not line.indent else code.ljust(max(line.column, len(code) + 2)) + line.comment \
-                if line.code else " " * line.indent + line.comment
-        out.append(code.rstrip())
+        if line.comment and line.code:
+            code = code.ljust(max(line.column, len(code) + 2))
+        out.append((code + line.comment).rstrip())
     return "\n".join(out).strip("\n") + "\n"
 
 
@@ -135,7 +135,7 @@ def _runs(lines: list[Line]):
     """Neighbouring lines of one kind, to be aligned."""
     run = []
     for line in lines:
-        if run and (line.kind is None or line.kind != run[-1].kind or line.indent != run[-1].indent or line.number != run[-1].number + 1):
+        if run and (line.kind, line.indent, line.number) != (run[-1].kind, run[-1].indent, run[-1].number + 1):
             yield run
             run = []
         if line.kind is not None:

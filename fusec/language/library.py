@@ -18,9 +18,9 @@ from .scope import BlockRef, Module, OpRef
 def load(source: str | Path, config: dict | None = None, *, file: str | None = None) -> Graph:
     """The graph of a `.fuse` program.
 
-    source: a path, or the text of a program (anything with a line break).  config: the keys of config.json; None takes the program's
-    own defaults.  file: what to call the program in messages.  Raises DiagnosticError for mistakes in the program or in how it fits the
-    config, UserError for a file that cannot be read.
+    source: a path, or the text of a program (anything with a line break).  config: the keys of config.json; None takes the
+    program's own defaults.  file: what to call the program in messages.  Raises DiagnosticError for mistakes in the program or in
+    how it fits the config, UserError for a file that cannot be read.
     """
     from .elaborate import elaborate
 
@@ -34,7 +34,7 @@ def read(source: str | Path, file: str | None = None) -> syntax.Program:
         return parse(source, file or "<text>")
     path = Path(source)
     try:
-        return parse(path.read_text(encoding="utf-8"), file or str(source))
+        return parse(path.read_text(encoding="utf-8"), file or _shown(path))
     except FileNotFoundError:
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.fuse")] if path.parent.is_dir() else [])
         raise UserError(f"no file {source}", hint=near) from None
@@ -43,12 +43,19 @@ def read(source: str | Path, file: str | None = None) -> syntax.Program:
         raise UserError(f"cannot read {source}", found=reason) from None
 
 
+def _shown(path: Path) -> str:
+    """A path as messages name it: relative where it lies below the working directory."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def library_of(program: syntax.Program) -> Module | None:
     """What the program's `use` lines bring in."""
     uses = program.of(syntax.Use)
     for use in uses:
         if use.name != "std":
-            raise DiagnosticError([Diagnostic("FUS004", f"no library {use.name}", Label(use.span, "is not known"), hint="the library is std")])
+            raise DiagnosticError([Diagnostic("FUS004", f"no library {use.name}", Label(use.span, "is not known"),
+                                              hint="the library is std")])
     return standard_library() if uses else None
 
 

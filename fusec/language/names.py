@@ -60,7 +60,8 @@ class _Checker:
             for name in let.names:
                 self.declare(self.top, name.id, name.span)
                 if name.id in ("T", "S"):
-                    self.shadow(name.id, name.span, "is the tokens of the step" if name.id == "T" else "is the history of the sequence")
+                    meaning = "the tokens of the step" if name.id == "T" else "the history of the sequence"
+                    self.shadow(name.id, name.span, f"is {meaning}")
         for decl in self.program.declarations:
             if isinstance(decl, syntax.Op | syntax.Block):
                 self.declare(self.top, decl.name, decl.name_span)
@@ -99,7 +100,7 @@ class _Checker:
         for item in (*decl.statics, *decl.params):
             span = item.span
             self.declare(inner, item.name, span)
-            if item.name in self.top and not self.is_op(item.name):
+            if isinstance(item, syntax.Param) and item.name in self.top and not self.is_op(item.name):
                 self.shadow(item.name, span, "hides a name of this file", [Label(self.top[item.name], "is declared here")])
         fields = {}
         for field in decl.fields if isinstance(decl, syntax.Block) else ():
@@ -107,7 +108,8 @@ class _Checker:
             if field.name in inner:
                 self.shadow(field.name, field.name_span, "hides a parameter", [Label(inner[field.name], "is declared here")])
             elif field.name in self.top and not self.is_op(field.name):
-                self.shadow(field.name, field.name_span, "hides a name of this file", [Label(self.top[field.name], "is declared here")])
+                self.shadow(field.name, field.name_span, "hides a name of this file",
+                            [Label(self.top[field.name], "is declared here")])
         statics, earlier = set(), []
         for static in decl.statics:
             if static.default is not None:
@@ -136,10 +138,11 @@ class _Checker:
             self.error("FUS011", f"{name} is used before it is declared", field.tied.span, "is not declared yet",
                        [Label(fields[name], "is declared here")], hint="declare it above")
         elif name is not None and name not in fields:
-            self.error("FUS010", f"unknown name {name}", field.tied.span, "is no field of this block", hint=did_you_mean(name, fields))
+            self.error("FUS010", f"unknown name {name}", field.tied.span, "is no field of this block",
+                       hint=did_you_mean(name, fields))
 
     def body(self, decl, inner, fields):
-        known, used = set(inner) | set(fields), set()
+        known, used, statics = set(inner) | set(fields), set(), {s.name for s in decl.statics}
         lets = decl.body.lets
         later = {}
         for let in reversed(lets):
@@ -148,7 +151,9 @@ class _Checker:
             for value in let.values:
                 used |= self.check(value, known, later)
             for name in let.names:
-                if name.id in fields:
+                if name.id in statics:
+                    self.shadow(name.id, name.span, "hides a compile-time parameter", [Label(inner[name.id], "is declared here")])
+                elif name.id in fields:
                     self.shadow(name.id, name.span, "hides a field", [Label(fields[name.id], "is declared here")])
                 elif name.id in self.top:
                     self.shadow(name.id, name.span, "hides a name of this file", [Label(self.top[name.id], "is declared here")])

@@ -35,7 +35,7 @@ def _lark():
     return lark_parser()
 
 
-# ---- tree -> nodes ------------------------------------------------------------------------------------------------------------------
+# ---- tree -> nodes --------------------------------------------------------------------------------------------------
 
 
 class _Builder:
@@ -183,23 +183,25 @@ class _Builder:
         return syntax.Cast(span, value, like)
 
 
-# ---- syntax errors ------------------------------------------------------------------------------------------------------------------
+# ---- syntax errors --------------------------------------------------------------------------------------------------
 
-# Typical mistakes, by example: (what to say, hint, texts that contain it). An error that leaves the parser in the same state as one of
-# these is named after it.
+# Typical mistakes, by example: (what to say, hint, texts that contain it). An error that leaves the parser in the same state as
+# one of these is named after it.
 _MISTAKES = (
-    ("a declaration's first line ends without a colon", "remove the colon", ("block A(x):\n  x\n", "op f(x):\n  x\n", "config:\n  D = d\n",
-                                                                           "block A(x) -> [T]:\n  x\n", "block A[D](x):\n  x\n")),
+    ("a declaration's first line ends without a colon", "remove the colon",
+     ("block A(x):\n  x\n", "op f(x):\n  x\n", "config:\n  D = d\n", "block A(x) -> [T]:\n  x\n", "block A[D](x):\n  x\n")),
     ("the body ends without a result", "its last line is an expression, the value it returns",
      ("op f(x)\n  y = x\n", "block A(x)\n  w : [D]\n", "op f(x)\n  y = x\nop g(x) = x\n", "block A(x)\n  w : [D]\n  y = x\n")),
     ("a field stands below a statement", "declare all fields first, then compute",
      ("block A(x)\n  h = x\n  w : [D]\n  h\n", "block A(x)\n  w : [D]\n  h = x\n  u : [D]\n  h\n")),
-    ("only the last line of a body is a value", "give this one a name: y = …", ("op f(x)\n  x\n  x\n", "block A(x)\n  w : [D]\n  x\n  x\n",
-                                                                          "op f(x)\n  x\n  y = x\n", "op f(x)\n  y = x\n  y\n  y\n")),
-    ("a choice needs both sides", "write a if condition else b", ("op f(x) = x if c\n", "op f(x) = g(x if c)\n", "config\n  D = a if b\n")),
+    ("only the last line of a body is a value", "give this one a name: y = …",
+     ("op f(x)\n  x\n  x\n", "block A(x)\n  w : [D]\n  x\n  x\n", "op f(x)\n  x\n  y = x\n", "op f(x)\n  y = x\n  y\n  y\n")),
+    ("a choice needs both sides", "write a if condition else b",
+     ("op f(x) = x if c\n", "op f(x) = g(x if c)\n", "config\n  D = a if b\n")),
     ("comparisons do not chain", "write a < b and b < c", ("op f(x) = a < b < c\n",)),
     ("power is written ^", "write x^2", ("op f(x) = x ** 2\n", "config\n  D = x ** 2\n")),
-    ("there is no return", "the last line of a body is its value", ("op f(x)\n  return x\n", "block A(x)\n  w : [D]\n  return x\n")),
+    ("there is no return", "the last line of a body is its value",
+     ("op f(x)\n  return x\n", "block A(x)\n  w : [D]\n  return x\n")),
     ("an operand is missing", "an expression stands on both sides of an operator",
      ("op f(x) = x +\n", "op f(x) = x *\n", "op f(x) = (x + )\n", "op f(x) = x + * y\n", "op f(x) = g(x,)\n")),
     ("an op takes its arguments in parentheses", "write op name(x) = …", ("op f = x\n", "op f[D] = x\n", "op f\n  x\n")),
@@ -235,17 +237,17 @@ def _describe(error, source: Source, start: int, chunk: str) -> Diagnostic:
         offset = min(start + offset, len(source.text))
         return Span(source, offset, min(offset + max(length, 1), max(len(source.text), offset)))
 
-    if isinstance(error, DedentError):
-        offset = _bad_dedent(chunk)
-        return Diagnostic("FUS002", "unexpected indentation", Label(at(offset), "matches no line above"))
-    opened = _unclosed(chunk)
+    opened, dedent = _unclosed(chunk), _bad_dedent(chunk)
     if opened is not None:
         return Diagnostic("FUS003", f"{chunk[opened]} is never closed", Label(at(opened), "opened here"))
+    if isinstance(error, DedentError) or dedent is not None:
+        return Diagnostic("FUS002", "unexpected indentation", Label(at(dedent or 0), "matches no line above"))
     if isinstance(error, exceptions.UnexpectedCharacters):
         offset, what = error.pos_in_stream, chunk[error.pos_in_stream]
     else:
         token = getattr(error, "token", None)
-        offset, what = (len(chunk.rstrip()), "the end") if token is None or token.type == "$END" else (token.start_pos, str(token))
+        offset, what = (len(chunk.rstrip()), "the end") if token is None or token.type == "$END" else (token.start_pos,
+                                                                                                       str(token))
     if isinstance(error, exceptions.UnexpectedToken) and error.token.type == "_INDENT":
         line = chunk[:offset].rstrip("\n").count("\n")
         offset = sum(len(text) + 1 for text in chunk.split("\n")[:line + 1])
@@ -273,18 +275,19 @@ def _unclosed(chunk: str) -> int | None:
     return stack[-1] if stack else None
 
 
-def _bad_dedent(chunk: str) -> int:
+def _bad_dedent(chunk: str) -> int | None:
     """The offset of the first line that returns to an indentation no open line has."""
     levels, offset = [0], 0
     for line in chunk.split("\n"):
         code = line.strip()
         if code and not code.startswith("#"):
             indent = len(line) - len(line.lstrip())
+            returns = indent < levels[-1]
             while indent < levels[-1]:
                 levels.pop()
-            if indent > levels[-1] and offset and indent not in levels and len(levels) > 1:
-                return offset + indent
             if indent > levels[-1]:
+                if returns:
+                    return offset + indent
                 levels.append(indent)
         offset += len(line) + 1
-    return 0
+    return None

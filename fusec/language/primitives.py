@@ -1,4 +1,4 @@
-"""The ops the compiler knows by itself, as the language spells them. Everything else is written in the language (`grammar/std.fuse`).
+"""The ops the compiler knows by itself, as the language spells them. All others are written in the language (`grammar/std.fuse`).
 
 Each builder takes (elaborator, primitive, arguments, node, scope); `primitive.arguments` are the values in its brackets.
 """
@@ -46,7 +46,8 @@ def where(elaborator, primitive, arguments, node, scope):
 def float32(elaborator, primitive, arguments, node, scope):
     """f32(x)."""
     value = arguments[0]
-    return elaborator.cast(value, "f32", node, scope) if isinstance(value, Value | Many) else float(elaborator.number(value, node))
+    return elaborator.cast(value, "f32", node, scope) if isinstance(value,
+                                                                    Value | Many) else float(elaborator.number(value, node))
 
 
 def cache(elaborator, primitive, arguments, node, scope):
@@ -88,10 +89,12 @@ def split(elaborator, primitive, arguments, node, scope):
     source, target = arrow_arguments(elaborator, primitive, node)
     whole = one_dim(source, node, primitive)
     if whole.name not in value.names:
-        raise Problem("FUS021", "dimension mismatch", scope.call or node.span, f"no dim {whole.name} to split: this has {show_dims(value.dims)}")
+        raise Problem("FUS021", "dimension mismatch", scope.call or node.span,
+                      f"no dim {whole.name} to split: this has {show_dims(value.dims)}")
     same_size(source, target, node, scope)
     elaborator.keep_tokens_apart((whole.name,), node, scope)
-    parts = tuple(elaborator.make("split", value, dim=whole.name, into=tuple(d.name for d in c.dims), sizes=tuple(d.size for d in c.dims),
+    parts = tuple(elaborator.make("split", value, dim=whole.name, into=tuple(d.name for d in c.dims),
+                                  sizes=tuple(d.size for d in c.dims),
                                   strides=c.strides, offset=c.offset, node=node, scope=scope) for c in dims.components(target))
     return parts[0] if len(parts) == 1 else Many(parts)
 
@@ -107,7 +110,8 @@ def join(elaborator, primitive, arguments, node, scope):
     for part, component in zip(given, wanted, strict=True):
         absent = [d.name for d in component.dims if d.name not in tensor(part, node).names]
         if absent:
-            raise Problem("FUS021", "dimension mismatch", scope.call or node.span, f"no dim {absent[0]} to join: this has {show_dims(part.dims)}")
+            raise Problem("FUS021", "dimension mismatch", scope.call or node.span,
+                          f"no dim {absent[0]} to join: this has {show_dims(part.dims)}")
     same_size(source, target, node, scope)
     parts = tuple((tuple(d.name for d in c.dims), c.strides, c.offset) for c in wanted)
     return elaborator.make("join", *given, dim=whole.name, size=whole.size, parts=parts, node=node, scope=scope)
@@ -119,25 +123,29 @@ def top(elaborator, primitive, arguments, node, scope):
     source, target = arrow_arguments(elaborator, primitive, node)
     along, into = one_dim(source, node, primitive), one_dim(target, node, primitive)
     if along.name not in value.names:
-        raise Problem("FUS021", "dimension mismatch", scope.call or node.span, f"no dim {along.name}: this has {show_dims(value.dims)}")
+        raise Problem("FUS021", "dimension mismatch", scope.call or node.span,
+                      f"no dim {along.name}: this has {show_dims(value.dims)}")
     if into.size > along.size:
-        raise Problem("FUS023", "sizes disagree", node.span, f"{into.name} = {into.size} of {along.name} = {along.size} cannot be picked")
+        raise Problem("FUS023", "sizes disagree", node.span, f"{into.name} is {into.size}, more than {along.name} = {along.size}")
     elaborator.keep_tokens_apart((along.name,), node, scope)
-    return Many(tuple(elaborator.make("top", value, dim=along.name, into=into.name, size=into.size, result=result, node=node, scope=scope)
+    return Many(tuple(elaborator.make("top", value, dim=along.name, into=into.name, size=into.size, result=result, node=node,
+                                      scope=scope)
                       for result in ("values", "index")))
 
 
 def axis_argument(elaborator, primitive, node) -> dims.Axis:
     """The one axis in the brackets of `primitive`."""
     if len(primitive.arguments) != 1:
-        raise Problem("FUS042", f"{primitive.name} needs to know along which dim", node.span, "", hint=f"write {primitive.name}[D](…)")
+        raise Problem("FUS042", f"{primitive.name} needs to know along which dim", node.span, "",
+                      hint=f"write {primitive.name}[D](…)")
     return elaborator.axis(primitive.arguments[0], node)
 
 
 def arrow_arguments(elaborator, primitive, node) -> tuple[dims.Axis, dims.Axis]:
     """The axes on both sides of the arrow in the brackets of `primitive`."""
     if len(primitive.arguments) != 2:
-        raise Problem("FUS042", f"{primitive.name} needs an arrow in its brackets", node.span, hint=f"write {primitive.name}[A -> B](…)")
+        raise Problem("FUS042", f"{primitive.name} needs an arrow in its brackets", node.span,
+                      hint=f"write {primitive.name}[A -> B](…)")
     return elaborator.axis(primitive.arguments[0], node), elaborator.axis(primitive.arguments[1], node)
 
 
@@ -150,7 +158,8 @@ def tensor(value, node) -> Value:
 
 def one_dim(axis, node, primitive) -> Dim:
     if not isinstance(axis, Dim):
-        raise Problem("FUS020", f"{primitive.name} needs one dim on that side of the arrow", node.span, f"this is {dims.show(axis)}")
+        raise Problem("FUS020", f"{primitive.name} needs one dim on that side of the arrow", node.span,
+                      f"this is {dims.show(axis)}")
     return axis
 
 

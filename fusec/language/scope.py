@@ -1,7 +1,7 @@
 """What a name can stand for while a program is elaborated, and where it is looked up.
 
-Compile-time values are Python numbers, strings, booleans, lists and None, axes (`dims.Axis`) and the references below. Run-time values are
-`ir.graph.Value`, or `Many` of them: the tensors that a sum of dims holds.
+Compile-time values are Python numbers, strings, booleans, lists and None, axes (`dims.Axis`) and the references below. Run-time
+values are `ir.graph.Value`, or `Many` of them: the tensors that a sum of dims holds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Problem(Exception):
         found = self.diagnostic
         if found.label.span.source is not call.source:
             self.diagnostic = replace(found, label=Label(call, found.label.text),
-                                      related=(Label(found.label.span, "here"), *(r for r in found.related if r.span.source is call.source)))
+                                      related=(Label(found.label.span, "here"),
+                                               *(r for r in found.related if r.span.source is call.source)))
 
 
 class Silent(Exception):
@@ -123,7 +124,8 @@ class Primitive:
 class Instance:
     """A block at a place in the model: its weights have keys that start with `path`.
 
-    stack: the dim over which its weights are stacked (`experts[E]` indexed by a tensor), else None.  field: where it was declared.
+    stack: the dim over which its weights are stacked (`experts[E]` indexed by a tensor), else None.
+    field: where it was declared.
     """
 
     ref: BlockRef
@@ -167,7 +169,8 @@ class Scope:
     config: bool = False
 
 
-BUILTINS: dict[str, object] = {"T": T, "S": S, "true": True, "false": False, "none": None, "unsupported": UNSUPPORTED, "inf": float("inf"), "pi": 3.141592653589793}
+BUILTINS: dict[str, object] = {"T": T, "S": S, "true": True, "false": False, "none": None, "unsupported": UNSUPPORTED,
+                               "inf": float("inf"), "pi": 3.141592653589793}
 
 
 def describe(value) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..diagnostics import Source, Span
 
-# ---- expressions --------------------------------------------------------------------------------------------------------------------
+# ---- expressions ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,7 +116,7 @@ class Cast:
 
 Expr = Number | String | Name | Attribute | Subscript | Call | Negate | Binary | Choice | Default | Cast
 
-# ---- declarations -------------------------------------------------------------------------------------------------------------------
+# ---- declarations ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,7 +163,7 @@ class Body:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Field:
-    """`path : type`, `path[count] : type`, `path[index < count] : type`; with `= tied if condition` it may share another's weights."""
+    """`path : type`, `path[count] : type`, `path[index < count] : type`; `= tied if condition` shares another field's weights."""
 
     span: Span
     name_span: Span

@@ -1,4 +1,4 @@
-"""The parser, from a cache of its tables in the user's own cache folder: building them takes ten times as long as reading them."""
+"""The parser, from a cache of its tables in the user's own folder: building them takes ten times as long as reading them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def lark_parser():
-    """lark's parser for `grammar/fuse.lark`. A cache that is absent, stale or unreadable is rebuilt; one that cannot be written is skipped."""
+    """lark's parser for `grammar/fuse.lark`. A cache that is absent, stale or unreadable is rebuilt."""
     import lark
     from lark.grammar import Rule
     from lark.indenter import Indenter

@@ -71,7 +71,8 @@ def joined_name(names) -> str:
 def result_name(value: Value) -> str:
     """A short name for a kernel's result, after the value that computes it."""
     if value.op == "cache":
-        return value.attrs["name"].rpartition(".")[2] + "_cache"
+        name = value.attrs["name"].rpartition(".")[2]
+        return name if "cache" in name else f"{name}_cache"
     while value.op in ("cast", "join") and value.inputs:
         value = value.inputs[0]
     if value.op in ("cos", "sin", "rsqrt", "max", "mean", "sum"):

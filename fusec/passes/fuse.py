@@ -23,6 +23,7 @@ from ..ir.graph import Graph, Value
 from ..ir.ops import OPS, make
 from .analysis import RUNTIME, axis, cone, is_anchor, levels, statics
 from .extract import block_name, extract, joined_name
+from .select_rows import bottleneck
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ class Fuser:
         """`value` is elementwise over results that the kernel stores for other readers."""
         if OPS[value.op].kind != "elementwise":
             return False
+        if value.op == "cast" and value.attrs["to"] == "f32" and value.inputs[0].dtype == "x":
+            return True  # half the bytes, and no other number
         inside = [i for i in value.inputs if i in members]
         return all(i is not anchor and (self.read_elsewhere(i, members) or self.recomputable(i, anchor, members)) for i in inside)
 
@@ -172,6 +175,9 @@ class Fuser:
     # ---- what anchors read, and the rest -------------------------------------------------------------------------------------------
 
     def form_rows(self):
+        for value in self.order:  # rows are picked from a table that lies in memory
+            if value.op == "gather" and value not in self.static:
+                self.want_unless(self.stored(value.inputs[0]), value.inputs[0])
         for group in self.groups:
             anchor = group.anchor
             if group.kind == "contract":
@@ -204,12 +210,26 @@ class Fuser:
         return tuple(n for n in value.names if n in RUNTIME)
 
     def want_unless(self, fine: bool, value: Value):
+        """Unless `fine`, `value` is to be stored; or the one value below it from which the rest can be computed on the way in."""
         if not fine and not self.stored(value):
-            self.wanted.append(value)
+            point = bottleneck([value], self.position, self.static)
+            self.wanted.append(point if point is not None and self.nearer(point, value) else value)
+
+    def nearer(self, point: Value, value: Value) -> bool:
+        """`point` lies below `value` with reductions over one set of dims between, and is no literal matter of the inputs."""
+        between = cone(value, lambda v: v is point or self.stored(v))
+        reduced = {v.attrs["over"] for v in between if OPS[v.op].kind == "reduction"}
+        return not self.stored(point) and len(reduced) <= 1 and all(OPS[v.op].kind in ("elementwise", "reduction") for v in between) \
+            and set(point.names) == set(value.names)
 
     def computable(self, value: Value, over, dims) -> bool:
-        """`value` can be computed on the way in: elementwise over `dims`, with reductions over all of `over` and nothing else."""
-        for v in cone(value, self.stored):
+        """`value` can be computed on the way in: elementwise over `dims`, with reductions over all of `over` and nothing else, from no
+        more than one stored value of that size (else it is cheaper to store it)."""
+        inside = cone(value, self.stored)
+        reads = {i for v in inside for i in v.inputs if self.stored(i) and i not in self.static and axis(i) and set(i.names) == set(value.names) | set(over)}
+        if len(reads) > 1:
+            return False
+        for v in inside:
             kind = OPS[v.op].kind
             if v.op == "gather":
                 if v.inputs[0] in self.static:

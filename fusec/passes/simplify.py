@@ -23,6 +23,8 @@ FOLD = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b
 def simplify(graph: Graph) -> Graph:
     """The graph in canonical form (see the module)."""
     seen: dict = {}
+    whole = read_whole(graph)
+    kept: set[Value] = set()  # rewritten values that something reads undivided: a split of one stays where it is
 
     def build(op, *inputs, **fields):
         value = make(op, *inputs, **fields)
@@ -31,14 +33,29 @@ def simplify(graph: Graph) -> Graph:
     def rule(value: Value, inputs: tuple[Value, ...]) -> Value:
         if inputs != value.inputs:
             value = replace(value, inputs=inputs)
-        new = algebra(value, build) or movement(value, build) or value
+        new = algebra(value, build) or movement(value, build, kept) or value
         if "body" in new.attrs:
-            new = replace(new, attrs=new.attrs | {"body": simplify(new.attrs["body"])})
-            return new
+            return replace(new, attrs=new.attrs | {"body": simplify(new.attrs["body"])})
         key = (new.op, new.inputs, tuple(sorted(new.attrs.items())), new.dtype, new.names)
         return seen.setdefault(key, new)
 
-    return rewrite(graph, rule)
+    def visit(value: Value, inputs: tuple[Value, ...]) -> Value:
+        new = rule(value, inputs)
+        if value in whole:
+            kept.add(new)
+        return new
+
+    return rewrite(graph, visit)
+
+
+def read_whole(graph: Graph) -> set[Value]:
+    """Values that something reads undivided: a result, a reduction, a contraction, or an elementwise value that is itself read so."""
+    users, found = graph.users(), set(graph.outputs)
+    for value in reversed(graph.walk()):
+        for user in users.get(value, ()):
+            if user.op != "split" and (OPS[user.op].kind != "elementwise" or user in found):
+                found.add(value)
+    return found
 
 
 def algebra(value: Value, build) -> Value | None:
@@ -62,7 +79,7 @@ def algebra(value: Value, build) -> Value | None:
     return None
 
 
-def movement(value: Value, build) -> Value | None:
+def movement(value: Value, build, kept) -> Value | None:
     """Splits move towards the loads, joins towards the stores."""
     if value.op == "split":
         source, name = value.inputs[0], value.attrs["dim"]
@@ -72,6 +89,8 @@ def movement(value: Value, build) -> Value | None:
                 return operand
             return build("split", operand, origin=value.origin, **value.attrs)
 
+        if source in kept and source.op != "weight":
+            return compose(source, value, build) if source.op == "split" and name in source.attrs["into"] else None
         if OPS[source.op].kind == "elementwise" and source.op != "cast":
             return build(source.op, *map(part, source.inputs), origin=source.origin, **source.attrs)
         if source.op == "cast":

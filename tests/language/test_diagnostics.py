@@ -8,29 +8,31 @@ import pytest
 
 from fusec.diagnostics import DiagnosticError, render
 from fusec.errors import UsageError, UserError
-from fusec.language import check_checkpoint, codes, explain, find_example, load
+from fusec.language import check_checkpoint, explain, find_example, load, registry
 from fusec.language.library import examples
 
 CASES = sorted(Path(__file__).parent.joinpath("diagnostics").glob("*.txt"))
 
 
 def said(source, config, checkpoint):
-    """The errors of a program, as a user sees them."""
+    """The errors of a program in the file model.fuse, as a user sees them."""
+    Path("model.fuse").write_text(source, encoding="utf-8")
     try:
-        graph = load(source, config, file="model.fuse")
+        graph = load("model.fuse", config)
     except DiagnosticError as error:
         return error
-    return DiagnosticError(check_checkpoint(graph, checkpoint or {}))
+    return DiagnosticError(check_checkpoint(graph, {key: tuple(shape) for key, shape in checkpoint.items()}))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
-def test_snapshot(case, golden):
+def test_snapshot(case, golden, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     head, *sections = re.split(r"^---- (\w+)\n", case.read_text(encoding="utf-8"), flags=re.M)
     given = dict(zip(sections[::2], sections[1::2], strict=True))
     config = json.loads(given["config"]) if "config" in given else None
     error = said(head, config, json.loads(given["checkpoint"]) if "checkpoint" in given else None)
     assert error.exit_code == 3
-    assert all(d.code in codes() for d in error.diagnostics)
+    assert all(d.code in registry() for d in error.diagnostics)
     before = "".join(f"---- {name}\n{text}" for name, text in given.items() if name != "says")
     golden(f"diagnostics/{case.name}", f"{head}{before}---- says\n{error}\n")
 
@@ -39,9 +41,9 @@ def test_there_are_enough_snapshots():
     assert len(CASES) >= 25
 
 
-@pytest.mark.parametrize("code", codes())
+@pytest.mark.parametrize("code", registry())
 def test_explanations_show_the_error_and_its_cure(code):
-    entry = codes()[code]
+    entry = registry()[code]
     if entry.wrong is None:
         return
     with pytest.raises(DiagnosticError) as caught:
@@ -59,10 +61,11 @@ def test_explain_suggests_the_nearest_code():
 def test_every_code_in_the_sources_is_explained():
     sources = Path(__file__).parents[2].joinpath("fusec").rglob("*.py")
     used = set().union(*(re.findall(r'"(FUS\d{3})"', path.read_text(encoding="utf-8")) for path in sources))
-    assert used <= set(codes()), sorted(used - set(codes()))
+    assert used <= set(registry()), sorted(used - set(registry()))
 
 
-def test_color_only_when_asked():
+def test_color_only_when_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     error = said("model M(x: int[T]) -> int[T]\n  y\n", None, None)
     assert "\x1b" not in str(error)
     assert "\x1b[" in render(error.diagnostics[0], color=True)

@@ -1,0 +1,175 @@
+"""The command line: `fusec compile llama.fuse`, `fusec run --prompt …` and their neighbours.
+
+Commands are imported when they are called, so that `fusec --help` answers at once. Results go to stdout, everything else to stderr.
+Exit statuses: 0 ok, 1 failed, 2 usage, 3 diagnostics in a source, 4 verification mismatch, 5 no device or not enough memory,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import click
+
+from . import __version__
+from .diagnostics import DiagnosticError
+from .errors import UserError
+
+# command -> (where it lives, what it does)
+COMMANDS = {
+    "compile": ("fusec.commands", "Compile a .fuse program: source, cubins and a summary."),
+    "check": ("fusec.commands", "Report every mistake in .fuse programs."),
+    "fmt": ("fusec.commands", "Lay out .fuse programs in the one way."),
+    "run": ("fusec.run", "Answer a prompt."),
+    "pull": ("fusec.commands", "Fetch a model into the user's cache."),
+    "explain": ("fusec.commands", "Explain a diagnostic (FUS021), or how a program compiles."),
+    "doctor": ("fusec.doctor", "Say what is installed, what is missing, and how to mend it."),
+    "bench": ("fusec.bench.cli", "Measure decoding, prefill and kernels."),
+}  # fmt: skip
+
+
+class Commands(click.Group):
+    """The table above as a click group. A command's module is imported only when the command is called."""
+
+    def list_commands(self, context):
+        return list(COMMANDS)
+
+    def get_command(self, context, name):
+        if name not in COMMANDS:
+            return None
+        command = getattr(import_module(COMMANDS[name][0]), name)
+        command.context_settings.setdefault("help_option_names", ["-h", "--help"])
+        return command
+
+    def resolve_command(self, context, args):
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            raise click.UsageError(f"no command {args[0]}" + (f"\nhint: did you mean {near[0]}?" if near else ""), context)
+        return super().resolve_command(context, args)
+
+    def format_commands(self, context, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help) for name, (_, help) in COMMANDS.items()])
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, "-V", "--version", message="fusec %(version)s")
+def cli():
+    """A compiler from a one-page description of a transformer to a fast, readable inference program.
+
+    \b
+    fusec pull smollm2                          fetch the default model, once
+    fusec run --prompt "What is a GPU?"         answer with it
+    fusec compile examples/llama.fuse           see the kernels that a model becomes
+    """
+
+
+def main(argv: list[str] | None = None, program: str = "fusec") -> int:
+    """Runs one command line and returns its exit status. Every error a user can cause is told once, without a traceback."""
+    try:
+        status = cli.main(argv, prog_name=program, standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        tell(usage_text(error))
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except BrokenPipeError:  # the reader has seen enough; nothing is left to say, nor to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except DiagnosticError as error:
+        tell(error.render(color=colored(sys.stderr)))
+        return error.exit_code
+    except UserError as error:
+        tell(paint(str(error)))
+        return error.exit_code
+    except MemoryError:
+        tell(paint("error: not enough memory\nhint: take a smaller model or another dtype"))
+        return 5
+    except Exception as error:
+        return unexpected(error)
+
+
+def unexpected(error: Exception) -> int:
+    """What no check foresaw: the device's memory, or a bug of ours, told in one line."""
+    if os.environ.get("FUSEC_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
+        return 1
+    if type(error).__name__ == "OutOfMemoryError":
+        tell(paint(f"error: not enough memory on the device\n  found: {first_line(error)}\nhint: lower --max-model-len, or take a smaller model"))
+        return 5
+    if type(error).__name__ == "VerifyError":
+        tell(str(error))
+        return 4
+    tell(paint(f"error: this is a bug in fusec: {type(error).__name__}: {first_line(error)}\nhint: FUSEC_DEBUG=1 shows where"))
+    return 1
+
+
+def usage_text(error: click.ClickException) -> str:
+    """click's errors in the form of ours."""
+    message = error.format_message().replace("\n\n", "\n").strip()
+    text = f"error: {message[:1].lower()}{message[1:]}".rstrip(".")
+    possible = getattr(error, "possibilities", None)
+    if possible:
+        text = f"error: no such option {error.option_name}\nhint: did you mean {' or '.join(sorted(possible))}?"
+    context = getattr(error, "ctx", None)
+    if context is not None and "hint:" not in text:
+        text += f"\nhint: {context.command_path} --help"
+    return paint(text)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def colored(stream) -> bool:
+    """Whether to colour what goes to `stream`: only for a terminal, and never under NO_COLOR (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str) -> str:
+    """An error message with its first word in colour, where colour is wanted."""
+    head, mark, rest = text.partition("error:")
+    return f"{head}\x1b[1;31merror\x1b[0m:{rest}" if mark and colored(sys.stderr) else text
+
+
+def print_json(value) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def read_config(model: str | None) -> dict | None:
+    """The config of a folder, a .gguf file, a config.json, or a model that fusec can find; None for None. Reads no weights."""
+    if model is None:
+        return None
+    path = Path(model).expanduser()
+    if not path.is_file() or path.suffix == ".gguf":
+        from fusec.runtime.hub import resolve
+
+        path = resolve(model)
+    if path.suffix == ".gguf":
+        from fusec.runtime.checkpoint import open_checkpoint
+
+        return open_checkpoint(path).config
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}", expected="a JSON object", found=str(error)) from None
+    if not isinstance(config, dict):
+        raise UserError(f"cannot read {path}", expected="a JSON object", found=type(config).__name__)
+    return config
+

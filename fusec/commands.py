@@ -1,0 +1,176 @@
+"""The commands that work on source files and models: compile, check, fmt, pull, explain."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from .cli import colored, print_json, read_config, tell
+from .diagnostics import Diagnostic, DiagnosticError, Label
+from .errors import UsageError, UserError
+
+MODEL_HELP = "Sizes from a model folder, a .gguf file or a config.json; else the program's own defaults."
+
+
+@click.command("compile", short_help="Compile a .fuse program.")
+@click.argument("source")
+@click.option("--model", metavar="DIR|FILE", help=MODEL_HELP)
+@click.option("--target", metavar="sm_NN", help="GPU to write cubins for.  [default: the GPU that is here, else sm_90]")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Build folder.  [default: build/NAME]")
+@click.option("--source-only", is_flag=True, help="Write kernels.py and program.py, no cubins.")
+@click.option("--print-after", multiple=True, metavar="PASS", help="Print the graph after this pass and stop; may be repeated.")
+@click.option("--print-after-all", is_flag=True, help="Print the graph after every pass and stop.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Check the graph's rules between passes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def compile(source, model, target, dtype, out, source_only, print_after, print_after_all, verify, as_json):
+    """Compile SOURCE to a build folder: kernels.py, program.py, the graph as text, cubins and a manifest.
+
+    Needs no checkpoint and no GPU.
+    """
+    from .compiler import compile as run
+
+    printing = print_after or print_after_all
+    if printing:
+        check_passes(print_after)
+    compiled = run(Path(source), read_config(model), dtype=dtype, verify=verify, keep_stages=True)
+    if printing:
+        return print_stages(compiled, print_after)
+    from .aot import write_build
+
+    out = out or Path("build") / Path(source).stem
+    write_build(compiled, out, target=target, source_only=source_only, as_json=as_json)
+
+
+def check_passes(wanted) -> None:
+    """Raises UsageError for a pass that does not exist."""
+    from .diagnostics import did_you_mean
+    from .passes import PIPELINE
+
+    known = list(dict.fromkeys(["elaborate", *(p.__name__ for p in PIPELINE)]))
+    for name in wanted:
+        if name not in known:
+            raise UsageError(f"no pass {name}", expected=", ".join(known), hint=did_you_mean(name, known))
+
+
+def print_stages(compiled, wanted) -> None:
+    """The graph after each wanted pass (none: all of them); layers that repeat are shown once."""
+    from .ir.text import print_graph
+
+    for name, graph in compiled.stages:
+        if not wanted or name in wanted:
+            print(f"# after {name}\n{print_graph(graph, fold_layers=True)}")
+
+
+@click.command(short_help="Report every mistake in .fuse programs.")
+@click.argument("files", nargs=-1, required=True)
+@click.option("--model", metavar="DIR|FILE", help=MODEL_HELP)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def check(files, model, as_json):
+    """Check FILES: parse them, bind their config, work out every dim."""
+    from .language import load
+
+    config, found = read_config(model), []
+    for file in files:
+        try:
+            load(Path(file), config)
+        except DiagnosticError as error:
+            found += error.diagnostics
+            if not as_json:
+                tell(error.render(color=colored(sys.stderr)) + "\n")
+    if as_json:
+        print_json([as_dict(diagnostic) for diagnostic in found])
+    else:
+        tell(f"{count(len(files), 'file')} checked, {count(len(found), 'error')}")
+    return 3 if found else 0
+
+
+def as_dict(diagnostic: Diagnostic) -> dict:
+    """A diagnostic for scripts and editors: lines and columns count from 1, ends are exclusive."""
+
+    def place(label: Label) -> dict:
+        span = label.span
+        return {"file": span.file, "line": span.line, "column": span.column, "end_line": span.end_line, "end_column": span.end_column,
+                "text": label.text}  # fmt: skip
+
+    return {"code": diagnostic.code, "level": diagnostic.level, "title": diagnostic.title, "at": place(diagnostic.label) if diagnostic.label else None,
+            "related": [place(label) for label in diagnostic.related], "hint": diagnostic.hint}  # fmt: skip
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+@click.command(short_help="Lay out .fuse programs in the one way.")
+@click.argument("files", nargs=-1)
+@click.option("--check", "check_only", is_flag=True, help="Change nothing; exit 1 if a file would change.")
+@click.option("--stdin", "from_stdin", is_flag=True, help="Format standard input to standard output.")
+def fmt(files, check_only, from_stdin):
+    """Format FILES in place."""
+    from .language import format_source
+
+    if from_stdin == bool(files):
+        raise UsageError("fmt formats files, or standard input", expected="FILES, or --stdin", found="both" if files else "neither")
+    if from_stdin:
+        text = sys.stdin.read()
+        formatted = format_source(text, "<stdin>")
+        if not check_only:
+            sys.stdout.write(formatted)
+        return int(check_only and formatted != text)
+    changed = 0
+    for file in files:
+        text = read_text(file)
+        formatted = format_source(text, file)
+        if formatted != text:
+            changed += 1
+            tell(f"{'would format' if check_only else 'formatted'} {file}")
+            if not check_only:
+                Path(file).write_text(formatted, encoding="utf-8")
+    return int(check_only and changed > 0)
+
+
+def read_text(file) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {file}", found=error.strerror) from None
+    except UnicodeDecodeError:
+        raise UserError(f"cannot read {file}", expected="UTF-8 text", found="other bytes") from None
+
+
+@click.command(short_help="Fetch a model into the user's cache.")
+@click.argument("name", default="smollm2")
+def pull(name):
+    """Fetch the model NAME (smollm2: SmolLM2-135M-Instruct, the default model) and print where it lies."""
+    from fusec.runtime.hub import pull as fetch
+
+    clock = time.perf_counter()
+    path = fetch(name)
+    tell(f"{name}: {path.stat().st_size / 1e6:.0f} MB, checked against its hash, {time.perf_counter() - clock:.1f} s")
+    print(path)
+
+
+@click.command(short_help="Explain a diagnostic (FUS021), or how a program compiles.")
+@click.argument("subject", metavar="FUS0xx|FILE.fuse")
+@click.option("--model", metavar="DIR|FILE", help=MODEL_HELP)
+@click.option("--target", metavar="sm_NN", help="GPU to compile for.  [default: the GPU that is here, else sm_90]")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain(subject, model, target, dtype, as_json):
+    """Explain a diagnostic code, or what becomes of a program: kernels per layer, what was fused, what was not and why."""
+    if re.fullmatch(r"(?i)fus\d*", subject):
+        from .language.codes import codes
+        from .language.codes import explain as text_of
+
+        text = text_of(subject)
+        if as_json:
+            code = codes()[subject.upper()]
+            return print_json({"code": code.code, "title": code.title, "text": code.text, "wrong": code.wrong, "right": code.right})
+        return print(text)
+    from .explain import explain_program
+
+    explain_program(Path(subject), read_config(model), dtype=dtype, target=target, as_json=as_json)
