@@ -138,13 +138,17 @@ class Names:
     """Fresh, readable names for one kernel."""
 
     def __init__(self, taken=()):
-        self.count: dict[str, int] = dict.fromkeys(taken, 1)
+        self.taken = set(taken)
 
     def fresh(self, label: str) -> str:
         label = "".join(c if c.isalnum() else "_" for c in label).strip("_").lower() or "v"
         label = f"v{label}" if label[0].isdigit() else label
-        self.count[label] = self.count.get(label, 0) + 1
-        return label if self.count[label] == 1 else f"{label}_{self.count[label]}"
+        name, n = label, 1
+        while name in self.taken:
+            n += 1
+            name = f"{label}_{n}"
+        self.taken.add(name)
+        return name
 
     def of(self, value: Value) -> str:
         return self.fresh(value.op if value.op not in INFIX and value.op not in ("cast", "where", "neg", "join", "split") else "v")

@@ -146,7 +146,7 @@ def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_
         x = operand
     else:
         x = emitter.write(parts.x)
-        x = x if x.isidentifier() else emitter.assign("x" if "x" not in w.names.count else w.names.fresh("x"), x)
+        x = x if x.isidentifier() else emitter.assign(w.names.fresh("x"), x)
         operand = f"{x}.to({cast})"
         if many and masked_k:
             operand = f"tl.where(k_mask, {x}, 0.0).to({cast})"

@@ -175,7 +175,7 @@ class Builder:
             lines += ["else:"] if form == "prefill" else []
             lines += [f"    launch = {form}_launch(sequences, {size}, {sizes})",
                       f"    kernels.kernel_{form}[launch.grid](q, k_cache, v_cache, {buffers[form]}, {stride}, b.block_tables.stride(0),",
-                      "        **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages, launch_pdl=PDL)"]
+                      "        **launch.constants, **launch.options)"]
         operand = {i: kernel.attrs["body"].inputs.index(operand) for i, operand in enumerate(via.inputs)}
         params = [("m", ("model",)), ("b", ("batch",)), ("q", ("input", operand[a.q])), ("k_cache", ("input", operand[a.k])),
                   ("v_cache", ("input", operand[a.v])), ("out", ("output", 0))]

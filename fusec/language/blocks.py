@@ -12,6 +12,9 @@ from . import dims, syntax
 from .expressions import Expressions
 from .scope import POISON, BlockRef, Instance, Many, OpRef, Primitive, Problem, Routed, Scope, Silent, Stack, describe
 
+_MOST_MEMBERS = 4096  # of a stack: layers are unrolled
+_DEEPEST = 40  # calls inside one another
+
 
 class Blocks(Expressions):
     """Adds fields and compile-time parameters to `Expressions`."""
@@ -20,6 +23,7 @@ class Blocks(Expressions):
         super().__init__()
         self.weights: dict[tuple, Value | Many] = {}  # (key, axes) -> its tensors
         self.storage: dict[str, tuple] = {}  # key -> (shape, span of the field that named it first)
+        self.depth = 0  # of calls
         self.site = None  # the user's line that led into the library, while inside it
         self.fields_at: dict[str, syntax.Field] = {}  # path of an instance -> the field that made it
 
@@ -27,6 +31,7 @@ class Blocks(Expressions):
     def called_from(self, call):
         """Errors inside the library are told at the user's line that led there (`call`; None outside the library)."""
         before, self.site = self.site, call
+        self.depth += 1
         try:
             yield
         except Problem as problem:
@@ -35,6 +40,12 @@ class Blocks(Expressions):
             raise
         finally:
             self.site = before
+            self.depth -= 1
+
+    def not_endless(self, decl, node):
+        """Refuses an op or block that calls itself, which inlining could never finish."""
+        if self.depth > _DEEPEST:
+            raise Problem("FUS044", f"{decl.name} calls itself", node.span, "never ends", related=[Label(decl.name_span, "declared here")])
 
     # ---- compile-time parameters ------------------------------------------------------------------------------------
 
@@ -187,8 +198,9 @@ class Blocks(Expressions):
 
     def count(self, stack: Stack) -> int:
         number = self.number(stack.count, stack.field.count)
-        if not isinstance(number, int) or number < 0:
-            raise Problem("FUS032", "a stack has a whole number of members", stack.field.count.span, f"this is {number}")
+        if not isinstance(number, int) or not 0 <= number <= _MOST_MEMBERS:
+            raise Problem("FUS032", f"a stack has a whole number of members, at most {_MOST_MEMBERS}", stack.field.count.span,
+                          f"this is {number}")
         return number
 
     def member(self, stack: Stack, index, node, scope: Scope):
@@ -236,6 +248,7 @@ class Blocks(Expressions):
         """Calls a block. The values it makes carry its path."""
         decl = instance.ref.decl
         self.count_arguments(decl.name, len(decl.params), arguments, node, decl)
+        self.not_endless(decl, node)
         if any(a is POISON for a in arguments):
             return POISON
         call = scope.call or (node.span if instance.module.is_std else None)

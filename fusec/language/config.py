@@ -35,7 +35,8 @@ def bind_config(elaborator, module):
         elaborator.let(let, scope)
         written = let.values if len(let.values) == len(let.names) else let.names
         for name, value in zip(let.names, written, strict=True):
-            module.names[name.id] = _named(elaborator, name.id, scope.names[name.id], value)
+            bound = scope.names[name.id]
+            module.names[name.id] = elaborator.attempt(lambda n=name.id, b=bound, v=value: _named(elaborator, n, b, v))
     if elaborator.config is not None:
         at = Span(module.program.source, 0, 0)
         sections = module.program.of(syntax.Config)

@@ -67,7 +67,8 @@ class Elaborator(Blocks):
         models = [d for d in module.program.of(syntax.Block) if d.is_model]
         bind_config(self, module)
         if len(models) != 1:
-            here = Label(models[1].name_span, "is a second one") if models else Label(Span(module.program.source, 0, 0), "has none")
+            nowhere = Span(module.program.source, 0, 0)
+            here = Label(models[1].name_span, "is a second one") if models else Label(nowhere, "has none")
             hint = None if models else "declare it with model Name(ids: int[T], pos: int[T]) -> [T, V]"
             self.errors.append(Diagnostic("FUS005", "a program has one model", here, hint=hint))
             return None
@@ -189,6 +190,7 @@ class Elaborator(Blocks):
     def call_op(self, ref: OpRef, arguments, node, scope: Scope):
         decl = ref.decl
         self.count_arguments(decl.name, len(decl.params), arguments, node, decl)
+        self.not_endless(decl, node)
         call = scope.call or (node.span if ref.module.is_std else None)
         inner = Scope(ref.module, {}, scope.path, None, scope.routed, call)
         inner.names.update(self.complete(ref, node, inner))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 from ..ir import ops
@@ -35,7 +36,8 @@ def _divide(a, b):
 
 
 def _power(a, b):
-    return a ** b if not (isinstance(b, int) and b < 0) else float(a) ** b
+    small = isinstance(a, int) and isinstance(b, int) and 0 <= b < 64
+    return a ** b if small else math.pow(a, b)
 
 
 _FOLD = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": _divide, "%": operator.mod, "^": _power, "<": operator.lt,
@@ -175,7 +177,7 @@ class Expressions:
         left, right = self.number(left, node.left), self.number(right, node.right)
         try:
             return _FOLD[node.operator](left, right)
-        except (ZeroDivisionError, OverflowError):
+        except (ZeroDivisionError, OverflowError, ValueError):
             raise Problem("FUS032", "this number has no value", node.span, f"is {left} {node.operator} {right}") from None
 
     def each(self, node, operands, function):

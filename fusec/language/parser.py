@@ -18,10 +18,11 @@ def parse(text: str, file: str = "<text>") -> syntax.Program:
     if tabs:
         raise DiagnosticError([Diagnostic("FUS002", "a tab in the indentation", Label(tabs[0], "indent with spaces"))])
     try:
-        tree = _lark().parse(_ended(text))
+        return _Builder(source).program(_lark().parse(_ended(text)))
     except LarkError as error:
         raise DiagnosticError(_diagnose(source) or [_describe(error, source, 0, text)]) from None
-    return _Builder(source).program(tree)
+    except RecursionError:
+        raise DiagnosticError([Diagnostic("FUS001", "an expression is nested too deeply", Label(Span(source, 0, 0)))]) from None
 
 
 def _ended(text: str) -> str:

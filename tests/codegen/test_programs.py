@@ -10,7 +10,7 @@ if INTERPRETED:
     from fusec.runtime.triton_program import TritonProgram
 
     def interpreted(compiled, loader):
-        compiled.module.program_py = compiled.module.program_py.replace(", launch_pdl=PDL", "")
+        compiled.module.program_py = compiled.module.program_py.replace(", launch_pdl=PDL", "").replace("**launch.options", "num_warps=4")
         return TritonProgram(compiled, loader, loader.dtype, torch.device("cpu"), max_tokens=64)
 
     @pytest.mark.parametrize("example", TINY)
