@@ -145,7 +145,7 @@ def write_cubins(compiled, folder: Path, target: str, progress) -> list[KernelRe
         reports.append(KernelReport(
             variant.kernel, function.name if function else "", source.form if source else "", variant.tiles, variant.options,
             [step_text(s) for s in variant.steps], cubin.registers, cubin.spills, cubin.shared,
-            moved.bytes if moved else 0, round(moved.floor_us(), 2) if moved else 0.0, f"cubins/{stem}.cubin"))
+            moved.bytes if moved else 0, round(moved.floor_us(), 3) if moved else 0.0, f"cubins/{stem}.cubin"))
     return reports
 
 

@@ -25,6 +25,8 @@ class TritonProgram:
 
     def __init__(self, compiled: Compiled, loader: Loader, dtype: torch.dtype, device: torch.device, *, max_tokens: int, progress=None):
         module = compiled.module
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.compiled, self.module, self.dtype, self.device = compiled, module, dtype, device
         self.vocab_size = compiled.graph.outputs[0].dims[-1].size
         self.cache_bytes_per_token = cache_bytes(compiled, dtype)

@@ -45,7 +45,8 @@ class Blocks(Expressions):
     def not_endless(self, decl, node):
         """Refuses an op or block that calls itself, which inlining could never finish."""
         if self.depth > _DEEPEST:
-            raise Problem("FUS044", f"{decl.name} calls itself", node.span, "never ends", related=[Label(decl.name_span, "declared here")])
+            related = [Label(decl.name_span, "declared here")]
+            raise Problem("FUS044", f"{decl.name} calls itself", node.span, "never ends", related=related)
 
     # ---- compile-time parameters ------------------------------------------------------------------------------------
 

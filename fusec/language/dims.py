@@ -80,8 +80,10 @@ def _product(outer, inner, inner_size):
 
 
 def storage(axes: tuple[Axis, ...]) -> tuple[tuple[int, ...], tuple[Component, ...]]:
-    """A stored tensor with these axes -> (its shape, the components it holds, row-major)."""
+    """A stored tensor with these axes -> (its shape, row-major; the components it holds: none if a size is unknown)."""
     shape, found = tuple(size(axis) for axis in axes), (Component(),)
+    if None in shape:
+        return shape, ()
     for axis, length in zip(axes, shape, strict=True):
         found = _product(found, components(axis), length)
     return shape, found

@@ -113,6 +113,13 @@ class Expressions:
             hint = "sizes must divide evenly"
         raise Problem("FUS020", "a dim was expected", node.span, f"this is {describe(value)}", hint=hint)
 
+    def sized(self, value, node) -> dims.Axis:
+        """An axis that may be part of another."""
+        axis = self.axis(value, node)
+        if dims.size(axis) is None:
+            raise Problem("FUS020", "a run-time dim stands alone", node.span, f"{dims.show(axis)} has no size at compile time")
+        return axis
+
     # ---- expressions ------------------------------------------------------------------------------------------------
 
     def value(self, node, scope: Scope):
@@ -263,10 +270,10 @@ class Expressions:
                 if left.size is None or left.size % right:
                     raise Problem("FUS023", f"{left.name} does not divide by {right}", node.span, f"{left.name} is {left.size}")
                 return Dim(f"{left.name}/{right}", left.size // right)
-            if node.operator == "*" and shaped and not isinstance(left, float) and not isinstance(right, float):
-                return dims.nest(self.axis(left, node.left), self.axis(right, node.right))
-            if node.operator == "+" and (shaped or left == right == 1):
-                return dims.concat(self.axis(left, node.left), self.axis(right, node.right))
+            fractional = isinstance(left, float) or isinstance(right, float)
+            if node.operator == "*" and shaped and not fractional or node.operator == "+" and (shaped or left == right == 1):
+                left, right = self.sized(left, node.left), self.sized(right, node.right)
+                return dims.nest(left, right) if node.operator == "*" else dims.concat(left, right)
             return self.arithmetic(node, left, right, scope)
         if isinstance(node, syntax.Choice):
             return self.static(node.value if self.condition(node.condition, scope) else node.otherwise, scope)

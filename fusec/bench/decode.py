@@ -1,0 +1,128 @@
+"""Decoding: the time of an output token, in `generate` as a user calls it and of a step on the device alone.
+
+    tpot_ms   (a run of steps+1 tokens less a run of one) / steps, by the clock on the wall: scheduling, sampling and reading included
+    step_ms   a replay of the engine's own captured step (forward, sample, advance), by events on the device
+    bytes     what a step must read: every weight once, and each sequence's history, halfway through the run
+    share     bytes / tpot as a share of the bandwidth that a plain reduction reads in the same run
+"""
+
+from __future__ import annotations
+
+import time
+
+from ..codegen.traffic import Step
+from .engine import SPARE, compiled_for, fill_caches, kernel_traffic, make_llm, pick, prompts
+from .limits import machine, microseconds, read_bandwidth, replay_microseconds
+from .shapes import config_of
+from .table import say
+
+COLUMNS = {"model": ("model", ""), "batch": ("batch", "d"), "context": ("context", "d"), "tpot_ms": ("tpot ms", ".4f"),
+           "step_ms": ("step ms", ".4f"), "tok_s": ("tok/s", ".1f"), "bytes": ("bytes", ".4g"), "GBps": ("GB/s", ".0f"),
+           "read_GBps": ("read GB/s", ".0f"), "share": ("share", ".1%"), "step_share": ("step share", ".1%")}
+
+
+def decode_bytes(compiled, batch: int, context: int) -> int:
+    """Fewest bytes a decode step must read: every weight once plus each sequence's history of `context` tokens."""
+    moved = kernel_traffic(compiled, Step(batch, batch, context))
+    return moved.weights + moved.history
+
+
+def bench_decode(models: list[str], batches: list[int], contexts: list[int], *, steps: int = 128, repeats: int = 2, device: str = "auto",
+                 dtype: str = "auto") -> dict:
+    """One case per model, context and batch; see the module for what is measured."""
+    from fusec.runtime.program import pick_dtype
+
+    configs = [config_of(model) for model in models]
+    chosen = [pick(device, config) for _, config in configs][0]
+    read = read_bandwidth(chosen)
+    cases = []
+    for name, config in configs:
+        kind = pick_dtype(dtype, chosen, config)
+        compiled = compiled_for(config, kind)
+        longest = max(contexts) + steps + SPARE
+        say(f"{name}: loading random {kind} weights on {chosen}")
+        budget = min(8192, max(batches) * max(contexts))
+        llm = make_llm(config, device=chosen, dtype=kind, batch=max(batches), longest=longest, budget=budget)
+        fill_caches(llm.program)
+        generate(llm, 1, min(64, max(contexts)), 4)
+        for context in contexts:
+            for batch in batches:
+                tpot = time_per_token(llm, batch, context, steps, repeats)
+                step = step_milliseconds(llm, batch, context + steps // 2)
+                moved = decode_bytes(compiled, batch, context + steps // 2)
+                cases.append(case(name, batch, context, tpot, step, moved, read))
+                say(f"{name}, batch {batch}, context {context}: {tpot:.3f} ms a token, {step:.3f} ms a step, {cases[-1]['share']:.1%}")
+        del llm
+        release(chosen)
+    return {"command": "decode", **machine(chosen), "steps": steps, "read_GBps": round(read, 1), "cases": cases}
+
+
+def case(name, batch, context, tpot_ms, step_ms, moved, read_gbps) -> dict:
+    gbps, step_gbps = moved / tpot_ms / 1e6, moved / step_ms / 1e6
+    return {"model": name, "batch": batch, "context": context, "tpot_ms": round(tpot_ms, 4), "step_ms": round(step_ms, 4),
+            "tok_s": round(batch / tpot_ms * 1e3, 1), "bytes": moved, "GBps": round(gbps, 1), "read_GBps": round(read_gbps, 1),
+            "share": round(gbps / read_gbps, 4), "step_share": round(step_gbps / read_gbps, 4)}
+
+
+def generate(llm, batch: int, context: int, count: int) -> float:
+    """Seconds in which `generate` answers `batch` prompts of `context` tokens with `count` tokens each."""
+    from fusec.runtime.sampling import SamplingParams
+
+    asked = prompts(batch, context, llm.program.vocab_size)
+    params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+    clock = time.perf_counter()
+    answers = llm.generate(asked, params)
+    seconds = time.perf_counter() - clock
+    assert all(len(answer.outputs[0].token_ids) == count for answer in answers)
+    return seconds
+
+
+def time_per_token(llm, batch: int, context: int, steps: int, repeats: int) -> float:
+    """Milliseconds an output token, by the wall."""
+    generate(llm, batch, context, 4)  # captures the graphs of this batch
+    short = min(generate(llm, batch, context, 1) for _ in range(repeats))
+    long = min(generate(llm, batch, context, 1 + steps) for _ in range(repeats))
+    return max(long - short, 1e-9) / steps * 1e3
+
+
+def step_milliseconds(llm, batch: int, context: int) -> float:
+    """Milliseconds of one decode step on the device, at a fixed context."""
+    import torch
+
+    from fusec.runtime.sampling import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=SPARE, ignore_eos=True)
+    for prompt in prompts(batch, min(context, llm.max_model_len - SPARE), llm.program.vocab_size):
+        llm._submit(llm._request(prompt, params))
+    runner = llm.engine.runner
+    launched = runner.steps
+    while runner.steps < launched + 2 or llm.engine.scheduler.waiting:
+        llm._step()
+    buffers = runner.buffers
+    state = [(t, t.clone()) for t in (buffers.ids, buffers.positions, buffers.context_lens, buffers.slots, buffers.cursor)]
+
+    def reset():  # each step moves the sequences on: put them back
+        for tensor, value in state:
+            tensor.copy_(value)
+
+    bound = runner._context_bucket(int(buffers.context_lens.max()))
+    with torch.inference_mode():
+        if runner.graphs is None:
+            time_us = microseconds(lambda: runner._decode_step(batch, runner.variant, bound), llm.program.device, reset=reset)
+        else:
+            key = min((k for k in runner.graphs if k[0] >= batch and k[2] >= bound), key=lambda k: (k[0], k[2]))
+            time_us = replay_microseconds(runner.graphs[key].graph, most=SPARE // 2, reset=reset)
+        reset()
+    llm.engine.reset()
+    llm._requests.clear()
+    return time_us / 1e3
+
+
+def release(device) -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
