@@ -9,10 +9,11 @@ from fusec.ir.graph import Value
 from fusec.ir.interpreter import Evaluator, dtypes
 from fusec.runtime.batch import Batch
 from fusec.runtime.program import cache_bytes, cache_sizes
+from fusec.runtime.torch_idioms import Attention, idioms
 
 
 class TorchProgram:
-    """See Program. Sequences are independent but for the matrices: everything outside `via` bodies runs on the packed tokens at once, each
+    """See Program. Sequences are independent but for the matrices: everything outside attention runs on the packed tokens at once, each
     sequence's attention runs on its own history."""
 
     supports_graphs = False
@@ -24,12 +25,12 @@ class TorchProgram:
         self.sizes = cache_sizes(compiled)
         self.caches: dict[str, torch.Tensor] = {}
         types = dtypes(dtype)
-        self.bodies: dict[Value, Evaluator] = {}
-        for value in compiled.graph.walk():
-            if value.op == "via":
-                self.bodies[value] = Evaluator(value.attrs["body"], types, device=device)
-        self.evaluator = Evaluator(compiled.graph, types, weight=loader, cache=self.keep, via=self.attend, device=device)
-        self.batch: Batch | None = None
+        graph, self.functions = idioms(compiled.graph, types)
+        for value in graph.walk():
+            if value.op == "via" and value not in self.functions:
+                self.functions[value] = History(self, value, types)
+        self.evaluator = Evaluator(graph, types, weight=loader, cache=self.keep, via=lambda value, tensors: self.functions[value](*tensors),
+                                   device=device)
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
@@ -37,13 +38,11 @@ class TorchProgram:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
-        self.batch = batch
-        self.live = batch.slots >= 0
-        self.all_live = bool(self.live.all())
         self.sequences = self.histories(batch)
+        self.tokens, self.slots = self.written(batch)
+        self.masks: dict[tuple, torch.Tensor | None] = {}
         inputs = {"ids": batch.ids.long(), "pos": batch.positions.long(), "rows": batch.rows.long()}
-        names = [i.attrs["name"] for i in self.compiled.graph.inputs]
-        (logits,) = self.evaluator(**{name: inputs[name] for name in names})
+        (logits,) = self.evaluator(**{i.attrs["name"]: inputs[i.attrs["name"]] for i in self.compiled.graph.inputs})
         return logits
 
     def histories(self, batch: Batch) -> list[tuple[slice, slice | torch.Tensor]]:
@@ -54,37 +53,57 @@ class TorchProgram:
             if not length:
                 continue
             blocks = batch.block_tables[b, :-(-length // self.block_size)].long()
-            if len(blocks) == 1 or bool((blocks[1:] - blocks[:-1] == 1).all()):  # neighbours: the history is a view
-                first = int(blocks[0]) * self.block_size
-                rows = slice(first, first + length)
-            else:
-                rows = (blocks[:, None] * self.block_size + torch.arange(self.block_size, device=blocks.device)).reshape(-1)[:length]
-            found.append((slice(starts[b], starts[b + 1]), rows))
+            rows = (blocks[:, None] * self.block_size + torch.arange(self.block_size, device=blocks.device)).reshape(-1)[:length]
+            found.append((slice(starts[b], starts[b + 1]), consecutive(rows.tolist()) or rows))
         return found
 
+    def written(self, batch: Batch) -> tuple[slice | torch.Tensor, slice | torch.Tensor]:
+        """The tokens that are no padding, and the cache rows where they go."""
+        live = batch.slots >= 0
+        if not bool(live.all()):
+            return live, batch.slots[live]
+        return slice(None), consecutive(batch.slots.tolist()) or batch.slots
+
     def keep(self, value: Value, tensor: torch.Tensor) -> torch.Tensor:
-        """Writes each token's row to its slot; the result stands for the history until a body asks for it."""
+        """Writes each token's row to its slot; the result stands for the history until attention asks for it."""
         cache = self.caches[value.attrs["name"]]
-        slots = self.batch.slots
-        if self.all_live:
-            cache[slots] = tensor
-        else:
-            cache[slots[self.live]] = tensor[self.live]
+        cache[self.slots] = tensor[self.tokens]
         return cache
 
-    def attend(self, value: Value, operands) -> torch.Tensor:
-        body = self.bodies[value]
-        names = [i.attrs["name"] for i in body.graph.inputs]
-        kinds = ["S" if "S" in i.names else "T" if "T" in i.names else "" for i in body.graph.inputs]
-        tokens = next(t.shape[0] for t, kind in zip(operands, kinds, strict=True) if kind == "T")
-        parts = []
-        for queries, history in self.sequences:
-            inputs = {name: t[history] if kind == "S" else t[queries] if kind == "T" else t
-                      for name, t, kind in zip(names, operands, kinds, strict=True)}
-            parts.append((queries, body(**inputs)[0]))
+
+class History:
+    """A `via` body that reads caches: evaluated for one sequence after the other, on its tokens of this step and its history."""
+
+    def __init__(self, program: TorchProgram, value: Value, types):
+        body = value.attrs["body"]
+        self.program, self.names = program, [i.attrs["name"] for i in body.inputs]
+        self.kinds = ["S" if "S" in i.names else "T" if "T" in i.names else "" for i in body.inputs]
+        self.sizes = [d.size for d in value.dims[1:]]
+        self.body = Evaluator(body, types, device=program.device)
+        self.attention = Attention.of(body, types, program.device)
+
+    def __call__(self, *operands: torch.Tensor) -> torch.Tensor:
+        tokens = operands[self.kinds.index("T")].shape[0]
+        parts = [(queries, self.one(number, queries, history, operands)) for number, (queries, history) in enumerate(self.program.sequences)]
         if len(parts) == 1 and parts[0][1].shape[0] == tokens:
             return parts[0][1]
-        out = torch.zeros(tokens, *(d.size for d in value.dims[1:]), dtype=self.dtype, device=self.device)
+        out = torch.zeros(tokens, *self.sizes, dtype=self.program.dtype, device=self.program.device)
         for queries, result in parts:
             out[queries] = result
         return out
+
+    def one(self, number: int, queries: slice, history, operands) -> torch.Tensor:
+        """The result of one sequence of the step."""
+        places = {"S": history, "T": queries}
+        own = [t[places[kind]] if kind else t for t, kind in zip(operands, self.kinds, strict=True)]
+        if self.attention is None:
+            return self.body(**dict(zip(self.names, own, strict=True)))[0]
+        masks, key = self.program.masks, (self.attention.key, number)
+        if key not in masks:
+            masks[key] = self.attention.mask(dict(zip(self.names, own, strict=True)))
+        return self.attention(own, masks[key])
+
+
+def consecutive(rows: list[int]) -> slice | None:
+    """The slice that these rows are, if they are neighbours: it reads and writes without an index."""
+    return slice(rows[0], rows[-1] + 1) if rows and rows == list(range(rows[0], rows[0] + len(rows))) else None

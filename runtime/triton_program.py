@@ -45,6 +45,8 @@ class TritonProgram:
         for name, (offset, numel, kind) in module.buffers.items():
             view = self.arena[offset * self.max_tokens:].view(getattr(torch, kind))[:numel * self.max_tokens]
             setattr(self, name, view.view(self.max_tokens, numel))
+        self.partial = torch.empty(module.partial, dtype=torch.float32, device=device)
+        self.arrivals = torch.zeros(module.arrivals, dtype=torch.int32, device=device)
         self.caches: dict[str, torch.Tensor] = {}
         self._scratch: dict[tuple, tuple] = {}
 

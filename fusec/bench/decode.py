@@ -17,7 +17,7 @@ from .shapes import config_of
 from .table import say
 
 COLUMNS = {"model": ("model", ""), "batch": ("batch", "d"), "context": ("context", "d"), "tpot_ms": ("tpot ms", ".4f"),
-           "step_ms": ("step ms", ".4f"), "tok_s": ("tok/s", ".1f"), "bytes": ("bytes", ".4g"), "GBps": ("GB/s", ".0f"),
+           "step_ms": ("step ms", ".4f"), "tok_s": ("tok/s", ".1f"), "bytes": ("bytes", ",d"), "GBps": ("GB/s", ".0f"),
            "read_GBps": ("read GB/s", ".0f"), "share": ("share", ".1%"), "step_share": ("step share", ".1%")}
 
 
@@ -86,18 +86,20 @@ def time_per_token(llm, batch: int, context: int, steps: int, repeats: int) -> f
 
 
 def step_milliseconds(llm, batch: int, context: int) -> float:
-    """Milliseconds of one decode step on the device, at a fixed context."""
+    """Milliseconds of one decode step on the device, at a fixed context: `context` tokens of random history in blocks of their own."""
     import torch
 
+    from fusec.runtime.runner import DecodeGraph
     from fusec.runtime.sampling import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=SPARE, ignore_eos=True)
-    for prompt in prompts(batch, min(context, llm.max_model_len - SPARE), llm.program.vocab_size):
+    for prompt in prompts(batch, 8, llm.program.vocab_size):
         llm._submit(llm._request(prompt, params))
     runner = llm.engine.runner
     launched = runner.steps
     while runner.steps < launched + 2 or llm.engine.scheduler.waiting:
         llm._step()
+    stretch(llm, batch, context)
     buffers = runner.buffers
     state = [(t, t.clone()) for t in (buffers.ids, buffers.positions, buffers.context_lens, buffers.slots, buffers.cursor)]
 
@@ -105,17 +107,29 @@ def step_milliseconds(llm, batch: int, context: int) -> float:
         for tensor, value in state:
             tensor.copy_(value)
 
-    bound = runner._context_bucket(int(buffers.context_lens.max()))
+    bound = runner._context_bucket(context + SPARE)
     with torch.inference_mode():
         if runner.graphs is None:
             time_us = microseconds(lambda: runner._decode_step(batch, runner.variant, bound), llm.program.device, reset=reset)
         else:
-            key = min((k for k in runner.graphs if k[0] >= batch and k[2] >= bound), key=lambda k: (k[0], k[2]))
-            time_us = replay_microseconds(runner.graphs[key].graph, most=SPARE // 2, reset=reset)
-        reset()
+            rows = min(key[0] for key in runner.graphs if key[0] >= batch)
+            key = (rows, runner.variant, bound)
+            captured = runner.graphs.get(key) or DecodeGraph(runner, key)
+            time_us = replay_microseconds(captured.graph, most=SPARE // 2, reset=reset)
     llm.engine.reset()
     llm._requests.clear()
     return time_us / 1e3
+
+
+def stretch(llm, batch: int, context: int) -> None:
+    """Gives each of the first rows a history of `context` tokens, in blocks that no other row has."""
+    buffers, each = llm.engine.runner.buffers, llm.engine.allocator.num_blocks // batch
+    columns = min(buffers.tables.shape[1], each)
+    for row in range(batch):
+        buffers.tables[row, :columns] = buffers.tables.new_tensor(range(row * each, row * each + columns))
+    buffers.positions[:batch] = context
+    buffers.context_lens[:batch] = context + 1
+    buffers.slots[:batch] = buffers.slots_of(buffers.rows[:batch], buffers.positions[:batch])
 
 
 def release(device) -> None:

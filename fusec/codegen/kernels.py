@@ -23,7 +23,7 @@ from ..passes.extract import result_name
 from .contraction import Contraction, pieces
 from .expressions import Emitter, Index, Names, Params, coordinates, strip, term
 
-RESERVED = ("k", "n", "t", "m", "j", "T", "K", "ROWS", "start", "pid", "group", "height", "w_row", "k_mask", "n_mask", "t_mask", "m_mask", "tl",
+RESERVED = ("first", "last", "split", "tile", "tokens", "sums", "cell", "part", "start_all", "k", "n", "t", "m", "j", "T", "K", "ROWS", "start", "pid", "group", "height", "w_row", "k_mask", "n_mask", "t_mask", "m_mask", "tl",
             "libdevice", "blocks_m", "blocks_n", *(f"{letter}{i}" for letter in ("w", "y", "acc") for i in range(9)))
 REDUCE = {"sum": ("0.0", "{0} + {1}", "tl.sum({0}, {1})"), "mean": ("0.0", "{0} + {1}", "tl.sum({0}, {1})"),
           "max": ('float("-inf")', "tl.maximum({0}, {1})", "tl.max({0}, {1})")}
@@ -99,17 +99,39 @@ def output_name(body: Graph, number: int) -> str:
 # ---- contractions ------------------------------------------------------------------------------------------------------------------
 
 
-def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_n: int, block_k: int) -> Source:
-    """A contraction kernel in its one-token ("gemv") or many-token ("matmul") form. Masks are left out where blocks divide the sizes."""
+@dataclass(frozen=True)
+class Form:
+    """How a contraction's tile lies.  x: shape of the tile of x.  row: the token's index.  axis: along which x is reduced, and how the
+    result is spread again.  tiles: launch constants.  many: tokens per program; split: parts of K."""
+
+    x: str
+    row: str
+    reduce: str
+    tiles: tuple[str, ...]
+    many: bool = True
+    split: bool = False
+
+
+FORMS = {
+    "gemv": Form("[BLOCK_K]", "0", "0)", ("BLOCK_N", "BLOCK_K", "STAGES", "PDL"), many=False),
+    "skinny": Form("[BLOCK_K, BLOCK_M]", "t", "0)[None, :]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS", "STAGES", "PDL"), split=True),
+    "matmul": Form("[BLOCK_M, BLOCK_K]", "t", "1)[:, None]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "STAGES", "PDL")),
+}
+
+
+def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_n: int, block_k: int, parts: Contraction | None = None,
+                splits: int = 1) -> Source:
+    """A contraction kernel in one of its forms: one token ("gemv"), a few ("skinny") or many ("matmul"). Masks are left out where
+    blocks divide the sizes: block_n, block_k and splits are the least divisible of the tiles that it will be launched with."""
     body = kernel.attrs["body"]
-    parts = Contraction(body)
+    parts = parts or Contraction(body)
     w = Writer(body, dtype)
-    many = form == "matmul"
-    masked_k, masked_n = bool(parts.k % block_k), bool(parts.n % block_n)
+    shape = FORMS[form]
+    many = shape.many
+    masked_k, masked_n = bool(parts.k % (block_k * splits)), bool(parts.n % block_n)
     k_masks, n_masks = (("k_mask",) if masked_k else ()), (("n_mask",) if masked_n else ())
     row = Index("t", ("t_mask",)) if many else Index("0")
     weight = w.params.pointer(parts.matrix.attrs["name"], ("weight", parts.weight))
-    along = "1)[:, None]" if many else "0)"
 
     def k_coords(lines):
         return {parts.row_dim: row} | coordinates(parts.k_dims, "k", k_masks, lines, w.names)
@@ -122,9 +144,11 @@ def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_
             if masked_k:
                 text = f"tl.where(k_mask, {strip(text)}, {identity})"
             label = w.names.fresh(value.op)
-            whole = f"tl.{'max' if value.op == 'max' else 'sum'}({label}_k, {along}"
+            whole = f"tl.{'max' if value.op == 'max' else 'sum'}({label}_k, {shape.reduce}"
+            scale = f" / {parts.k}" if value.op == "mean" else ""
             rows.append({"name": label, "partial": f"{label}_k", "identity": identity, "value": text, "op": value,
-                         "step": update.format(f"{label}_k", text), "finish": whole + (f" / {parts.k}" if value.op == "mean" else "")})
+                         "step": update.format(f"{label}_k", text), "finish": whole + scale, "collapse": whole, "scale": scale,
+                         "combine": update.format(label, f"{label}_part")})
         return rows
 
     given: dict[Value, str] = {}
@@ -190,8 +214,10 @@ def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_
                 first, last = segment.start, segment.start + segment.rows
                 inner = [f"if (tl.max(n) >= {first}) & (tl.min(n) < {last}):", *["    " + line for line in tidy(inner)]]
             epilogue += tidy(inner)
-    tiles = ["BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "STAGES", "PDL"] if many else ["BLOCK_N", "BLOCK_K", "STAGES", "PDL"]
-    signature = define(name, [*w.params.roles, *(["T"] if many else [])], tiles)
+    if shape.split:
+        w.params.pointer("partial", ("scratch", "partial"))
+        w.params.pointer("arrivals", ("scratch", "arrivals"))
+    signature = define(name, [*w.params.roles, *(["T"] if many else [])], shape.tiles)
     context = {"signature": signature, "comment": comment, "rows": parts.n, "k": parts.k, "masked_n": masked_n,
                "masked_k": masked_k, "weight": weight, "leaves": parts.leaves, "before": before, "lines": tidy(lines, x), "x": x, "operand": operand,
                "beside": beside, "epilogue": epilogue, "precision": ', input_precision="ieee"' if dtype == "float32" else ""}

@@ -14,6 +14,7 @@ from ..passes.analysis import RUNTIME, cone
 from ..passes.extract import leaf_name, unique
 from . import attention as attention_body
 from . import schedule
+from .contraction import Contraction
 from .kernels import Source, contraction, environment, row_kernel
 
 HEADER = '''"""{title}
@@ -57,7 +58,8 @@ class Weight:
 
 @dataclass
 class Module:
-    """A compiled model. buffers: name -> (offset in bytes per token, elements per token, dtype).  caches: name -> sizes per token."""
+    """A compiled model. buffers: name -> (offset in bytes per token, elements per token, dtype).  caches: name -> sizes per token.
+    partial, arrivals: elements of the scratch that split contractions share."""
 
     name: str
     dtype: str
@@ -67,7 +69,8 @@ class Module:
     weights: dict[str, Weight] = field(default_factory=dict)
     buffers: dict[str, tuple[int, int, str]] = field(default_factory=dict)
     caches: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    outputs: list[tuple[str, int]] = field(default_factory=list)
+    partial: int = 1
+    arrivals: int = 1
     kernels_py: str = ""
     program_py: str = ""
 
@@ -94,7 +97,6 @@ class Builder:
             if value.op == "kernel":
                 self.add(value)
         module = self.module
-        module.outputs = [(self.places[o], math.prod(d.size for d in o.dims if d.size)) for o in self.graph.outputs]
         module.kernels_py = self.write_kernels()
         module.program_py = self.write_program()
         return module
@@ -125,26 +127,40 @@ class Builder:
         return tuple(o.dtype for o in kernel.attrs["body"].outputs) + tuple(i.dtype for i in kernel.inputs)
 
     def contract(self, kernel):
-        probe = contraction(kernel, "probe", "gemv", [], self.dtype, 1, 1)
-        f = probe.facts
-        one = schedule.gemv(f["rows"], f["k"], f["leaves"], self.itemsize)
-        many = schedule.matmul(f["rows"], f["k"], f["leaves"], self.itemsize)
+        parts = Contraction(kernel.attrs["body"])
         comment = self.source_lines(kernel)
-        gemv = contraction(kernel, "kernel_gemv", "gemv", comment, self.dtype, one.block_n, one.block_k)
-        block_n = max((m.block_n for m in many), key=lambda b: f["rows"] % b)
-        block_k = max((m.block_k for m in many), key=lambda b: f["k"] % b)
-        matmul = contraction(kernel, "kernel_matmul", "matmul", comment, self.dtype, block_n, block_k)
-        gemv.facts["tiles"], matmul.facts["tiles"] = one, many
-        params = merge(gemv.roles, matmul.roles)
-        rows = f["row_dim"]
-        lines = [f"if {rows} == 1:", *indent(call(gemv, f"(triton.cdiv({f['rows']}, {one.block_n}),)", None, {
-            "BLOCK_N": one.block_n, "BLOCK_K": one.block_k, "STAGES": one.stages}, one.num_warps))]
-        for m in many:
-            test = f"elif {rows} <= {m.tokens}:" if m.tokens else "else:"
-            grid = f"(triton.cdiv({rows}, {m.block_m}) * triton.cdiv({f['rows']}, {m.block_n}),)"
-            lines += [test, *indent(call(matmul, grid, rows, {
-                "BLOCK_M": m.block_m, "BLOCK_N": m.block_n, "BLOCK_K": m.block_k, "GROUP": m.group, "STAGES": m.stages}, m.num_warps))]
-        return [gemv, matmul], lines, [(rows, ("tokens", rows)), *params]
+        shape = (parts.n, parts.k, parts.leaves, self.itemsize)
+        rows = parts.row_dim
+        sources, lines = [], []
+        for form, tiles in (("gemv", (schedule.gemv(*shape),)), ("skinny", schedule.skinny(*shape)), ("matmul", schedule.matmul(*shape))):
+            block_n, block_k = (max((getattr(t, b) for t in tiles), key=lambda size, n=n: n % size)
+                                for b, n in (("block_n", parts.n), ("block_k", parts.k)))
+            splits = next((t.splits for t in tiles if parts.k % (t.block_k * getattr(t, "splits", 1))), 1) if form == "skinny" else 1
+            source = contraction(kernel, f"kernel_{form}", form, comment, self.dtype, block_n, block_k, parts, splits)
+            source.facts["tiles"] = tiles
+            sources.append(source)
+            for t in tiles:
+                test = f"{rows} == 1" if form == "gemv" else f"{rows} <= {t.tokens}" if t.tokens else None
+                lines.append(f"{'elif' if lines else 'if'} {test}:" if test else "else:")
+                blocks = f"triton.cdiv({parts.n}, {t.block_n})"
+                constants = {"BLOCK_N": t.block_n, "BLOCK_K": t.block_k, "STAGES": t.stages}
+                grid = f"({blocks},)"
+                if form != "gemv":
+                    constants = {"BLOCK_M": t.block_m} | constants
+                    grid = f"(triton.cdiv({rows}, {t.block_m}) * {blocks},)"
+                if form == "skinny":
+                    constants["SPLITS"] = t.splits
+                    grid = f"(triton.cdiv({rows}, {t.block_m}) * {blocks}, {t.splits})"
+                    if t.splits > 1:
+                        tokens = -(-t.tokens // t.block_m) * t.block_m
+                        sums = max(1, len(parts.beside)) * tokens * -(-parts.n // t.block_n)
+                        self.module.partial = max(self.module.partial, t.splits * (parts.leaves * parts.n * tokens + sums))
+                        self.module.arrivals = max(self.module.arrivals, tokens // t.block_m * -(-parts.n // t.block_n))
+                if form == "matmul":
+                    constants["GROUP"] = t.group
+                lines += indent(call(source, grid, None if form == "gemv" else rows, constants, t.num_warps))
+        params = merge(*(s.roles for s in sources))
+        return sources, lines, [(rows, ("tokens", rows)), *params]
 
     def rows(self, kernel):
         source = row_kernel(kernel, "kernel_rows", self.source_lines(kernel), self.dtype)
@@ -186,6 +202,8 @@ class Builder:
     def place(self, kernel: Value, role: tuple, function: Function) -> str:
         if role[0] == "tokens":
             return role[1]
+        if role[0] == "scratch":
+            return f"m.{role[1]}"
         if role[0] in ("model", "batch", "slots"):
             return {"model": "m", "batch": "b", "slots": "b.slots"}[role[0]]
         if role[0] == "output":

@@ -6,7 +6,10 @@ which needs no measurement. Keys are shapes, never model names.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,21 @@ class Gemv:
 
 
 @dataclass(frozen=True)
+class Skinny:
+    """A few tokens, up to `tokens`: tiles of tokens, rows and columns, programs that share a tile's K."""
+
+    tokens: int
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int
+    num_warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Matmul:
-    """Several tokens, up to `tokens` of them (None: any number)."""
+    """Many tokens: tiles of tokens, rows and columns; blocks of tokens that share weights in L2. tokens: up to how many (None: any)."""
 
     tokens: int | None
     block_m: int
@@ -31,33 +47,65 @@ class Matmul:
     num_warps: int
     stages: int
 
-    def as_dict(self):
-        return asdict(self)
-
 
 def gemv(rows: int, k: int, leaves: int, itemsize: int = 2) -> Gemv:
     """A tile of about 8 KB a warp group: a row is walked in few long steps, and small matrices are spread over all multiprocessors."""
+    found = lookup("gemv", rows, k, leaves, itemsize)
+    if found:
+        return Gemv(**found[0])
     block_k = min(2048, padded(k)) if k <= 2048 else next((b for b in (2048, 1024, 512) if k % b == 0), 1024)
-    per_program = 8192 if itemsize == 2 else 4096  # elements in flight
-    block_n = max(1, per_program // (block_k * leaves))
-    while block_n > 1 and rows // block_n < 4 * 132:
+    block_n = max(1, (8192 if itemsize == 2 else 4096) // (block_k * leaves))
+    while block_n > 1 and rows // block_n < 4 * MULTIPROCESSORS:
         block_n //= 2
     return Gemv(block_n, block_k, 4, 1)
 
 
-def matmul(rows: int, k: int, leaves: int, itemsize: int = 2) -> tuple[Matmul, ...]:
-    """Few tokens: narrow tiles, so that every multiprocessor reads weights. Many: square ones for the tensor cores."""
-    def fit(block):
-        return next(b for b in (block, 128, 64, 32, 16) if b <= block and (k % b == 0 or b == 16))
+def skinny(rows: int, k: int, leaves: int, itemsize: int = 2) -> tuple[Skinny, ...]:
+    """Tall tiles of weights; K is split until every multiprocessor has a tile, and each program still has a few steps."""
+    found = lookup("skinny", rows, k, leaves, itemsize)
+    if found:
+        return tuple(Skinny(**row) for row in found)
+    table = []
+    for tokens in (16, 32, 64):
+        block_n = 32 if leaves == 1 else 16
+        block_k = fit(k, 128 if tokens <= 32 and itemsize == 2 else 64)
+        splits = 1
+        while splits < 8 and -(-rows // block_n) * splits < MULTIPROCESSORS and k // (block_k * splits * 2) >= 4:
+            splits *= 2
+        table.append(Skinny(tokens, tokens, block_n, block_k, splits, 4, 4 if itemsize == 2 else 2))
+    return tuple(table)
 
-    narrow = 16 if rows < 64 * 132 else 32
+
+def matmul(rows: int, k: int, leaves: int, itemsize: int = 2) -> tuple[Matmul, ...]:
+    """Square tiles for the tensor cores."""
+    found = lookup("matmul", rows, k, leaves, itemsize)
+    if found:
+        return tuple(Matmul(**row) for row in found)
     if itemsize == 4:
-        return (Matmul(16, 16, narrow, fit(64), 1, 4, 3), Matmul(64, 32, 32, fit(32), 1, 4, 3), Matmul(None, 64, 64 // leaves, fit(32), 8, 4, 3))
-    return (
-        Matmul(16, 16, narrow, fit(256 if leaves == 1 else 128), 1, 4, 4),
-        Matmul(64, 64, 64 // leaves if leaves > 1 else 32, fit(128), 1, 4, 4),
-        Matmul(None, 128, 128 // min(leaves, 2), fit(64), 8, 8, 3),
-    )
+        return (Matmul(None, 64, max(16, 64 // leaves), fit(k, 32), 8, 4, 3),)
+    return (Matmul(None, 128, max(16, 128 // leaves), fit(k, 64), 8, 8, 3),)
+
+
+MULTIPROCESSORS = 132
+TARGET = "nvidia_h200"  # whose table is read; a GPU without one takes the cost rules
+
+
+@functools.cache
+def table(target: str) -> dict[str, list[dict]]:
+    """A shipped table: "form rows k leaves itemsize" -> rows of tiles, by number of tokens."""
+    path = Path(__file__).parent / "tables" / f"{target}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def lookup(form: str, rows: int, k: int, leaves: int, itemsize: int) -> list[dict] | None:
+    return table(TARGET).get(f"{form} {rows} {k} {leaves} {itemsize}")
+
+
+def fit(k: int, block: int) -> int:
+    """The largest power of two up to `block` that divides k, but at least 32 (then the last step is masked)."""
+    while block > 32 and k % block:
+        block //= 2
+    return block
 
 
 def padded(n: int) -> int:

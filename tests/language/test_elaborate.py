@@ -6,7 +6,8 @@ import pytest
 
 from fusec.language import find_example, load
 
-SMALL = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SMALL = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2)
 
 
 def program(fields, body, params="x: [T, D], pos: int[T]", result="[T, D]", config="  D = 8\n  G = 2\n  R = 3\n  K = 4\n"):
