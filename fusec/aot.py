@@ -1,8 +1,9 @@
 """Kernels compiled ahead of time, for a GPU that need not be there.
 
-The program's own `step` runs on tensors without data, with a recorder in the place of its kernels: once for each range of tokens and
-kind of step. What it launches is what is compiled, with the signature, the alignments and the options that Triton's just-in-time
-compiler would derive from the real tensors, so that these cubins are also what a later run finds in Triton's cache.
+The program's own `step` runs on tensors without data, with a recorder in the place of its kernels: once for each range of
+tokens and kind of step. What it launches is what is compiled, with the signature, the alignments and the options that
+Triton's just-in-time compiler would derive from the real tensors, so that these cubins are also what a later run finds in
+Triton's cache.
 
     variants = record(compiled, load_folder(folder), target="sm_90")
     cubins = compile_all(variants, folder / "kernels.py", target="sm_90")
@@ -190,7 +191,8 @@ def triton_type(value) -> str:
 
 
 def compile_all(variants: list[Variant], kernels: Path, target: str, *, workers: int = 2, progress=None) -> list[Cubin]:
-    """The cubins of `variants`, in their order.  kernels: the path of kernels.py.  progress(done, total) is called as they finish.
+    """The cubins of `variants`, in their order.  kernels: the path of kernels.py.  progress(done, total) is called as they
+    finish.
 
     Raises UserError for a kernel that does not compile, with the compiler's own last words.
     """
@@ -198,8 +200,9 @@ def compile_all(variants: list[Variant], kernels: Path, target: str, *, workers:
     for i, variant in sorted(enumerate(variants), key=lambda pair: -cost(pair[1])):
         jobs.put((i, variant))
     results: dict[int, Cubin | Exception] = {}
-    processes = [subprocess.Popen([sys.executable, "-m", "fusec.aot", str(kernels)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-                 for _ in range(min(workers, total))]
+    command = [sys.executable, "-m", "fusec.aot", str(kernels)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(min(workers, total))]
 
     def feed(process):
         while True:

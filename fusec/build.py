@@ -25,8 +25,9 @@ from .errors import UsageError, UserError
 
 @dataclass
 class KernelReport:
-    """One compiled variant.  function: of program.py that launches it.  steps: those that do, as text.  registers a thread; spills: bytes
-    a thread; shared: bytes a program.  bytes, floor_us: of one launch in the first of `steps`, at `BANDWIDTH` GB/s."""
+    """One compiled variant.  function: of program.py that launches it.  steps: those that do, as text.  registers a thread;
+    spills: bytes a thread; shared: bytes a program.  bytes, floor_us: of one launch in the first of `steps`, at `BANDWIDTH`
+    GB/s."""
 
     kernel: str
     function: str
@@ -44,7 +45,8 @@ class KernelReport:
 
 @dataclass
 class BuildReport:
-    """What was written.  target: None for source only.  kernels: one entry per cubin.  seconds: by phase, compilation included."""
+    """What was written.  target: None for source only.  kernels: one entry per cubin.  seconds: by phase, compilation
+    included."""
 
     folder: Path
     target: str | None
@@ -59,9 +61,8 @@ class BuildReport:
 def write_build(compiled, out: Path | str, target: str = "sm_90", source_only: bool = False, progress=None) -> BuildReport:
     """Writes the build folder of a compiled program (triton backend) to `out`; an older build there is replaced.
 
-    target: an NVIDIA architecture, such as sm_90; needs no GPU.  source_only: no cubins.  progress(done, total): called as kernels
-    are compiled.  Raises UserError when `out` holds something else, or a kernel does not compile.
-    """
+    target: an NVIDIA architecture, such as sm_90; needs no GPU.  source_only: no cubins.  progress(done, total): called as
+    kernels are compiled.  Raises UserError when `out` holds something else, or a kernel does not compile. """
     if compiled.module is None:
         raise UsageError("nothing to build", expected="a program compiled with backend='triton'", found="backend='torch'")
     out = Path(os.path.abspath(Path(out).expanduser()))

@@ -1,6 +1,5 @@
-"""`fusec explain llama.fuse`: what a program became, in plain words: the kernels of a layer, what each computes, what it must move,
-and where two computations were not joined, with the reason.
-"""
+"""`fusec explain llama.fuse`: what a program became, in plain words: the kernels of a layer, what each computes, what it must
+move, and where two computations were not joined, with the reason. """
 
 from __future__ import annotations
 
@@ -58,7 +57,8 @@ def head(compiled, runs, step, bandwidth) -> list[str]:
     per_layer = f", {' or '.join(str(n) for n in sorted({len(run.launches) for run in layers}))} a layer" if layers else ""
     return [
         f"{module.name} from {name}, {compiled.dtype}",
-        f"{plural(len(module.launches), 'launch', 'launches')} a step{per_layer}; {plural(len(module.functions), 'distinct kernel')}",
+        f"{plural(len(module.launches), 'launch', 'launches')} a step{per_layer}; "
+        f"{plural(len(module.functions), 'distinct kernel')}",
         f"one token at a context of {step.context}: {amount(moved.weights)} of weights, {amount(moved.history)} of history, "
         f"{amount(moved.reads + moved.writes)} of activations",
         f"floor at {bandwidth:g} GB/s: {moved.floor_us(bandwidth) / 1e3:.3f} ms a token",
@@ -86,7 +86,8 @@ def what_it_computes(kernel: Value, name: str) -> str:
     blocks: dict[str, None] = {}
     for value in inside:
         if value.op not in ("cast", "const", "split", "join") and value.origin.path:
-            blocks[name if value.op == "contract" and kernel.attrs["kind"] == "contract" else last_block(value.origin.path)] = None
+            own = value.op == "contract" and kernel.attrs["kind"] == "contract"
+            blocks[name if own else last_block(value.origin.path)] = None
     ops = Counter(value.op for value in inside if value.op not in ("input", "const", "cast", "split", "join", "index", "via"))
     for via in (v for v in inside if v.op == "via"):
         ops.update(v.op for v in via.attrs["body"].walk() if v.op not in ("input", "const", "cast", "split", "join", "index"))
@@ -133,10 +134,11 @@ def resources(report) -> dict[str, list[str]]:
     table: dict[str, list[str]] = {}
     for k in report.kernels if report is not None else ():
         tiles = " ".join(f"{name}={size}" for name, size in k.tiles.items() if name.startswith("BLOCK_") or name == "SPLITS")
+        warps = f"{k.options.get('num_warps', 4)} warps"
         spills = f"{k.spills} bytes spilled" if k.spills else "no spills"
         shared = f"{k.shared / 1024:.0f} KB shared" if k.shared >= 1024 else f"{k.shared} bytes shared"
         table.setdefault(k.function, []).append(
-            f"    {k.form:<9} {k.registers} registers, {spills}, {shared}   {tiles}, {k.options.get('num_warps', 4)} warps ({k.steps[0]})")
+            f"    {k.form:<9} {k.registers} registers, {spills}, {shared}   {tiles}, {warps} ({k.steps[0]})")
     return table
 
 

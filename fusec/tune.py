@@ -97,7 +97,7 @@ def warm(job) -> str | None:
     import torch
 
     try:
-        arguments = [getattr(torch, p) for p in pointers]
+        arguments = [p if isinstance(p, int) else getattr(torch, p) for p in pointers]
         kernel = getattr(load_kernels(path), name)
         kernel.warmup(*arguments, **sizes, PDL=True, num_warps=warps, launch_pdl=True, grid=(1,))
         return None
@@ -167,7 +167,7 @@ class Tuner:
         values = self.values(function, launch, self.batch(1))
         pointers = [str(values[p.removesuffix("_ptr")].dtype).removeprefix("torch.") for p in source.roles]
         sizes = constants(option.form, option.tiles)
-        return option.path, option.name, [*pointers, *(["int32"] if option.form != "gemv" else [])], sizes, option.tiles.num_warps
+        return option.path, option.name, [*pointers, *([33] if option.form != "gemv" else [])], sizes, option.tiles.num_warps
 
     def batch(self, tokens: int):
         import torch
@@ -216,6 +216,7 @@ class Tuner:
         launches = [n for n in self.module.launches if n.function == function.name]
         if len(launches) == 1:
             launches = launches * 3
+        self.program.arena.zero_()
         for buffer in self.program.module.buffers:
             tensor = getattr(self.program, buffer)
             tensor[:tokens].normal_() if tensor.is_floating_point() else tensor.zero_()
@@ -226,6 +227,7 @@ class Tuner:
         if self.program.arrivals.numel() < 65536:
             self.program.arrivals = torch.zeros(65536, dtype=torch.int32, device=self.program.device)
         reference, ranked = None, []
+        state = self.program.arena.clone()  # launches write over one another's inputs
         for option, future in zip(options, futures, strict=True):
             if time.monotonic() > deadline and ranked:
                 break
@@ -236,6 +238,7 @@ class Tuner:
             if problem:
                 continue
             try:
+                self.program.arena.copy_(state)
                 outputs = self.call(function, option, launches[0], batch)
                 result = [o[:tokens].float().clone() for o in outputs[:1]]
                 torch.cuda.synchronize()

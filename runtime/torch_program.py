@@ -67,7 +67,7 @@ class TorchProgram:
     def keep(self, value: Value, tensor: torch.Tensor) -> torch.Tensor:
         """Writes each token's row to its slot; the result stands for the history until attention asks for it."""
         cache = self.caches[value.attrs["name"]]
-        cache[self.slots] = tensor[self.tokens]
+        cache[self.slots] = tensor if isinstance(self.tokens, slice) else tensor[self.tokens]
         return cache
 
 

@@ -1,9 +1,11 @@
 """The paged attention kernels by themselves, against torch's own attention and FlashInfer's, all under CUDA graph replay.
 
-Sequences are uniform, or skewed: lengths fall off as a power of the rank, from the whole context to a sixteenth of it. The peers get
-what suits them: torch's keys and values lie together without pages, all of the batch's longest length, and FlashInfer is planned ahead.
+Sequences are uniform, or skewed: lengths fall with the rank, from the whole context to a sixteenth of it. The
+peers get what suits them: torch's keys and values lie together without pages, all of the batch's longest length, and
+FlashInfer is planned ahead.
 
-    us, torch_us, flashinfer_us (the best of its kernels)      GBps: history read (decode)      TFLOPs: causal multiply-adds (prefill)
+    us, torch_us, flashinfer_us   our kernel and its peers, the best of each
+    GBps, TFLOPs                  history read (decode); causal multiply-adds, counted twice (prefill)
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from .shapes import config_of
 from .table import say
 
 COLD = 256 << 20
-COLUMNS = {"kind": ("kind", ""), "batch": ("batch", "d"), "context": ("context", "d"), "lengths": ("lengths", ""), "us": ("µs", ".2f"),
-           "torch_us": ("torch µs", ".2f"), "flashinfer_us": ("FlashInfer µs", ".2f"), "GBps": ("GB/s", ".0f"),
-           "share": ("share", ".1%"), "TFLOPs": ("TFLOP/s", ".1f"), "torch_ratio": ("torch / ours", ".2f"),
-           "flashinfer_ratio": ("FlashInfer / ours", ".2f")}
+COLUMNS = {"kind": ("kind", ""), "batch": ("batch", "d"), "context": ("context", "d"), "lengths": ("lengths", ""),
+           "us": ("µs", ".2f"), "torch_us": ("torch µs", ".2f"), "flashinfer_us": ("FlashInfer µs", ".2f"),
+           "GBps": ("GB/s", ".0f"), "share": ("share", ".1%"), "TFLOPs": ("TFLOP/s", ".1f"),
+           "torch_ratio": ("torch / ours", ".2f"), "flashinfer_ratio": ("FlashInfer / ours", ".2f")}
 
 
 @dataclass
@@ -77,7 +79,8 @@ def bench_attention(model: str, batches: list[int], contexts: list[int], tokens:
     document = {"command": "attention", **machine(chosen), "model": name, "read_GBps": round(read, 1)}
     ratios = [c["flashinfer_ratio"] for c in cases if c["kind"] == "decode" and c.get("flashinfer_ratio")]
     if ratios:
-        document |= {"flashinfer_geomean": round(math.exp(sum(map(math.log, ratios)) / len(ratios)), 3), "flashinfer_worst": min(ratios)}
+        geomean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        document |= {"flashinfer_geomean": round(geomean, 3), "flashinfer_worst": min(ratios)}
     return document | {"cases": cases}
 
 
@@ -128,15 +131,24 @@ def batch_of(tables, lengths, queries, device):
 
     starts = [0, *itertools.accumulate(queries)]
     empty = ints([])
-    return Batch(ids=empty, positions=empty, slots=empty, query_starts=ints(starts), context_lens=ints(lengths), block_tables=tables,
-                 rows=empty, max_query=max(queries), max_context=max(lengths))
+    return Batch(ids=empty, positions=empty, slots=empty, query_starts=ints(starts), context_lens=ints(lengths),
+                 block_tables=tables, rows=empty, max_query=max(queries), max_context=max(lengths))
 
 
 def decode_case(call, shape, lengths, dtype, device, peer, read) -> dict:
-    import torch
-
     moved = sum(lengths) * shape.G * (shape.K + shape.J) * dtype.itemsize
     copies = max(1, min(64, -(-COLD // moved)))
+    us, peer_us = paged_decode(call, shape, lengths, dtype, device, peer, copies)
+    release(device)
+    found = {"us": round(us, 3), "GBps": round(moved / us / 1e3, 1), "share": round(moved / us / 1e3 / read, 4)}
+    found |= ratio("flashinfer", peer_us, us)
+    return found | ratio("torch", torch_decode(lengths, shape, dtype, device, copies), us)
+
+
+def paged_decode(call, shape, lengths, dtype, device, peer, copies):
+    """(our time, FlashInfer's or None) over `copies` caches in turn, so that they come from memory."""
+    import torch
+
     q = torch.randn(len(lengths), shape.G * shape.R * shape.K, device=device, dtype=dtype)
     out = torch.empty(len(lengths), shape.G * shape.R * shape.J, device=device, dtype=dtype)
     sets = [paged(lengths, shape, dtype, device) for _ in range(copies)]
@@ -145,14 +157,9 @@ def decode_case(call, shape, lengths, dtype, device, peer, read) -> dict:
 
     def ours():
         for (k, v, _), b in zip(sets, batches, strict=True):
-            call(model, b, q, k, v, out)
+            call(m=model, b=b, q=q, k_cache=k, v_cache=v, out=out)
 
-    us = microseconds(ours, device) / copies
-    found = {"us": round(us, 3), "GBps": round(moved / us / 1e3, 1), "share": round(moved / us / 1e3 / read, 4)}
-    found |= ratio("flashinfer", peer.decode(sets, lengths, shape, q) if peer else None, us)
-    del sets, batches
-    release(device)
-    return found | ratio("torch", torch_decode(lengths, shape, dtype, device, copies), us)
+    return microseconds(ours, device) / copies, peer.decode(sets, lengths, shape, q) if peer else None
 
 
 def torch_decode(lengths, shape, dtype, device, copies):
@@ -179,7 +186,7 @@ def prefill_case(call, shape, count, dtype, device, peer) -> dict:
     q = torch.randn(count, shape.G * shape.R * shape.K, device=device, dtype=dtype)
     out = torch.empty(count, shape.G * shape.R * shape.J, device=device, dtype=dtype)
     model, batch = Model(device), batch_of(tables, [count], [count], device)
-    us = microseconds(lambda: call(model, batch, q, k, v, out), device)
+    us = microseconds(lambda: call(m=model, b=batch, q=q, k_cache=k, v_cache=v, out=out), device)
     flops = 2 * shape.G * shape.R * (shape.K + shape.J) * count * (count + 1) / 2
     found = {"us": round(us, 2), "TFLOPs": round(flops / us / 1e6, 1)}
     found |= ratio("torch", torch_prefill(shape, count, dtype, device), us)
@@ -270,7 +277,8 @@ class FlashInfer:
         for backend in ("fa2", "fa3"):
             try:
                 wrapper = self.module.BatchPrefillWithPagedKVCacheWrapper(self.workspace, "NHD", backend=backend)
-                wrapper.plan(starts, indptr, tables[0, :counts[0]].contiguous(), last, shape.G * shape.R, shape.G, shape.K, BLOCK_SIZE,
+                wrapper.plan(starts, indptr, tables[0, :counts[0]].contiguous(), last, shape.G * shape.R, shape.G, shape.K,
+                             BLOCK_SIZE,
                              causal=True, q_data_type=q.dtype, kv_data_type=k.dtype)
             except Exception as error:
                 say(f"  FlashInfer {backend} left out: {type(error).__name__}: {str(error)[:120]}")

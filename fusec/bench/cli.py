@@ -96,7 +96,7 @@ def kernels(model, batch, context, tokens, device, dtype, as_json):
 @models("llama-3.1-8b")
 @click.option("--batch", type=Numbers(), default="1,8,32,64,128", show_default=True, help="Sequences of the decoding cases.")
 @click.option("--context", type=Numbers(), default="1024,8192", show_default=True, help="Tokens of history.")
-@click.option("--prefill", "tokens", type=Numbers(), default="2048,8192", show_default=True, help="Prompt lengths of the prefill cases.")
+@click.option("--prefill", "tokens", type=Numbers(), default="2048,8192", show_default=True, help="Lengths of the prefill cases.")
 @common
 def attention(model, batch, context, tokens, device, dtype, as_json):
     """The paged attention kernels against torch, and FlashInfer where it is installed."""

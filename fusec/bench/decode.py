@@ -1,9 +1,9 @@
 """Decoding: the time of an output token, in `generate` as a user calls it and of a step on the device alone.
 
-    tpot_ms   (a run of steps+1 tokens less a run of one) / steps, by the clock on the wall: scheduling, sampling and reading included
-    step_ms   a replay of the engine's own captured step (forward, sample, advance), by events on the device
-    bytes     what a step must read: every weight once, and each sequence's history, halfway through the run
-    share     bytes / tpot as a share of the bandwidth that a plain reduction reads in the same run
+    tpot_ms   (a run of steps+1 tokens less a run of one) / steps, by the clock on the wall: scheduling, sampling and reading
+    included step_ms   a replay of the engine's own captured step (forward, sample, advance), by events on the device bytes
+    what a step must read: every weight once, and each sequence's history, halfway through the run share     bytes / tpot as a
+    share of the bandwidth that a plain reduction reads in the same run
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def decode_bytes(compiled, batch: int, context: int) -> int:
     return moved.weights + moved.history
 
 
-def bench_decode(models: list[str], batches: list[int], contexts: list[int], *, steps: int = 128, repeats: int = 2, device: str = "auto",
-                 dtype: str = "auto") -> dict:
+def bench_decode(models: list[str], batches: list[int], contexts: list[int], *, steps: int = 128, repeats: int = 2,
+                 device: str = "auto", dtype: str = "auto") -> dict:
     """One case per model, context and batch; see the module for what is measured."""
     from fusec.runtime.program import pick_dtype
 
@@ -51,7 +51,8 @@ def bench_decode(models: list[str], batches: list[int], contexts: list[int], *, 
                 step = step_milliseconds(llm, batch, context + steps // 2)
                 moved = decode_bytes(compiled, batch, context + steps // 2)
                 cases.append(case(name, batch, context, tpot, step, moved, read))
-                say(f"{name}, batch {batch}, context {context}: {tpot:.3f} ms a token, {step:.3f} ms a step, {cases[-1]['share']:.1%}")
+                share = cases[-1]["share"]
+                say(f"{name}, batch {batch}, context {context}: {tpot:.3f} ms a token, {step:.3f} ms a step, {share:.1%}")
         del llm
         release(chosen)
     return {"command": "decode", **machine(chosen), "steps": steps, "read_GBps": round(read, 1), "cases": cases}
@@ -86,7 +87,8 @@ def time_per_token(llm, batch: int, context: int, steps: int, repeats: int) -> f
 
 
 def step_milliseconds(llm, batch: int, context: int) -> float:
-    """Milliseconds of one decode step on the device, at a fixed context: `context` tokens of random history in blocks of their own."""
+    """Milliseconds of one decode step on the device, at a fixed context: `context` tokens of random history in blocks of
+    their own."""
     import torch
 
     from fusec.runtime.runner import DecodeGraph
@@ -115,7 +117,7 @@ def step_milliseconds(llm, batch: int, context: int) -> float:
             rows = min(key[0] for key in runner.graphs if key[0] >= batch)
             key = (rows, runner.variant, bound)
             captured = runner.graphs.get(key) or DecodeGraph(runner, key)
-            time_us = replay_microseconds(captured.graph, most=SPARE // 2, reset=reset)
+            time_us = replay_microseconds(captured.graph, at_least=20000.0, most=SPARE // 2, reset=reset)
     llm.engine.reset()
     llm._requests.clear()
     return time_us / 1e3

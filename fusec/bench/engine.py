@@ -26,20 +26,21 @@ def pick(device: str, config: dict | None = None):
     if chosen.type == "cpu" and config is not None:
         need, free = weight_bytes(config, "float32"), free_memory()
         if need > free // 2:
-            raise DeviceError("the model does not fit this machine's memory", expected=f"{need / 1e9:.1f} GB for float32 weights, twice over",
-                              found=f"{free / 1e9:.1f} GB free and no GPU in use", hint="measure a smaller one: --model smollm2-135m")
+            raise DeviceError("the model does not fit this machine's memory",
+                              expected=f"{need / 1e9:.1f} GB for float32 weights, twice over",
+                              found=f"{free / 1e9:.1f} GB free and no GPU in use",
+                              hint="measure a smaller one: --model smollm2-135m")
     return chosen
 
 
 def need_gpu(device: str, what: str):
     """The CUDA device, or one clear error."""
-    import torch
-
     from fusec.runtime.program import pick_device
 
-    chosen = pick_device(device if device != "auto" or torch.cuda.is_available() else "cuda")
+    chosen = pick_device(device)
     if chosen.type != "cuda":
-        raise DeviceError(f"{what} needs an NVIDIA GPU", found=str(chosen), hint="fusec bench decode --device cpu runs without one")
+        raise DeviceError(f"{what} needs an NVIDIA GPU", found="the CPU (fusec doctor says more)",
+                          hint="fusec bench decode --device cpu --model smollm2-135m runs without one")
     return chosen
 
 
@@ -67,12 +68,14 @@ def make_llm(config: dict, *, device, dtype: str, batch: int, longest: int, budg
 
     trained = config.get("max_position_embeddings") or 1 << 30
     if longest > trained:
-        raise UsageError("the context is longer than the model's", expected=f"at most {trained - SPARE} tokens and the steps", found=longest)
+        expected = f"at most {trained} tokens, with the steps and {SPARE} to spare"
+        raise UsageError("the context is longer than the model's", expected=expected, found=longest)
     length = min(trained, max(8192, longest)) if device.type == "cuda" else longest
     blocks = batch * (-(-longest // BLOCK_SIZE) + 1)
     blocks = max(blocks, -(-length // BLOCK_SIZE))
-    return LLM(config, source=source, load_format="random", dtype=dtype, device=str(device), max_model_len=length, num_blocks=blocks,
-               block_size=BLOCK_SIZE, max_num_seqs=batch, max_num_batched_tokens=max(budget, batch), enable_prefix_caching=False)
+    return LLM(config, source=source, load_format="random", dtype=dtype, device=str(device), max_model_len=length,
+               num_blocks=blocks, block_size=BLOCK_SIZE, max_num_seqs=batch, max_num_batched_tokens=max(budget, batch),
+               enable_prefix_caching=False)
 
 
 def fill_caches(program) -> None:

@@ -1,10 +1,12 @@
 """Each generated kernel of a step by itself: what to tune with.
 
-A step is run once on real tensors with the program's launch functions watched; then every function's launches are repeated alone, in a
-CUDA graph, over the weights and caches of all layers (and copies of them, where a model is small), so that every byte comes from memory.
+A step is run once on real tensors with the program's launch functions watched; then every function's launches are repeated
+alone, in a CUDA graph, over the weights and caches of all layers (and copies of them, where a model is small), so that every
+byte comes from memory.
 
-    us, step_us  one launch, and all launches of the kernel in a step         bytes, GBps  what a launch must move, and how fast it does
-    share        GBps as a share of the read bandwidth, or TFLOPs as a share of the vendor's matmul, whichever floor is higher
+    us, step_us   one launch, and all launches of the kernel in a step
+    bytes, GBps   what a launch must move, and how fast it does
+    share         GBps of the read bandwidth, or TFLOPs of the vendor's matmul: whichever is nearer to its limit
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def bench_kernels(models: list[str], batches: list[int], context: int, tokens: i
         kind = pick_dtype(dtype, chosen, config)
         peak = matmul_rate(chosen, getattr(torch, kind))
         say(f"{name}: loading random {kind} weights on {chosen}")
-        program = load_program(config, dtype=kind, device=str(chosen), load_format="random", max_tokens=max(s.tokens for s in steps))
+        most = max(step.tokens for step in steps)
+        program = load_program(config, dtype=kind, device=str(chosen), load_format="random", max_tokens=most)
         program.allocate_cache(max(s.sequences * (-(-s.context // BLOCK_SIZE)) for s in steps), BLOCK_SIZE)
         for cache in program.caches.values():
             cache.normal_()
@@ -80,8 +83,8 @@ def measure(program, step: Step, device, read: float, peak: float) -> list[dict]
 def case(text, name, count, us, moved, read, peak) -> dict:
     gbps, tflops = moved.bytes / us / 1e3, moved.flops / us / 1e6
     limit, share = max(("bandwidth", gbps / read), ("matmul rate", tflops / peak), key=lambda pair: pair[1])
-    return {"step": text, "kernel": name, "count": count, "us": round(us, 3), "step_us": round(us * count, 2), "bytes": moved.bytes,
-            "GBps": round(gbps, 1), "TFLOPs": round(tflops, 2), "share": round(share, 4), "limit": limit}
+    return {"step": text, "kernel": name, "count": count, "us": round(us, 3), "step_us": round(us * count, 2),
+            "bytes": moved.bytes, "GBps": round(gbps, 1), "TFLOPs": round(tflops, 2), "share": round(share, 4), "limit": limit}
 
 
 def watch(program, batch) -> dict[str, list[tuple]]:
@@ -113,10 +116,14 @@ def rotate(program, calls: list[tuple], each: int) -> list[tuple]:
     def copied(arguments):
         return tuple(a.clone() if isinstance(a, torch.Tensor) and a.data_ptr() in apart else a for a in arguments)
 
+    def room():
+        return torch.cuda.mem_get_info(program.device)[0] > 16 << 30
+
     launches = list(calls[:MOST_LAUNCHES])
     wanted = min(MOST_LAUNCHES, max(8, -(-COLD // each)))
     while len(launches) < wanted:
-        launches.append(copied(calls[len(launches) % len(calls)]))
+        call = calls[len(launches) % len(calls)]
+        launches.append(copied(call) if room() else call)
     return launches
 
 

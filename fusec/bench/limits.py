@@ -1,8 +1,7 @@
 """What the machine itself allows, and how times are taken.
 
-Everything on a GPU is timed as a CUDA graph between two events, several replays at a time, so that the host is out of the picture; what
-is reported is the median of the rounds.
-"""
+Everything on a GPU is timed as a CUDA graph between two events, several replays at a time, so that the host is out of the
+picture; what is reported is the median of the rounds. """
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ READ_BYTES = 4 << 30  # far past any cache
 READ_TILES = ((4096, 2, 8), (8192, 4, 8), (4096, 8, 4), (2048, 16, 4))  # (block, programs a multiprocessor, warps)
 
 
-def microseconds(run, device, *, rounds: int = 15, at_least: float = 2000.0, reset=None) -> float:
+def microseconds(run, device, *, rounds: int = 15, at_least: float = 5000.0, reset=None) -> float:
     """The median time of `run()`. On a GPU it is captured in a CUDA graph after it ran once; a round lasts `at_least` µs.
 
     reset: called before every round, untimed.
@@ -34,7 +33,7 @@ def microseconds(run, device, *, rounds: int = 15, at_least: float = 2000.0, res
     return replay_microseconds(graph, rounds=rounds, at_least=at_least, reset=reset)
 
 
-def replay_microseconds(graph, *, rounds: int = 15, at_least: float = 2000.0, most: int = 256, reset=None) -> float:
+def replay_microseconds(graph, *, rounds: int = 15, at_least: float = 5000.0, most: int = 256, reset=None) -> float:
     """The median time of one replay of a captured graph."""
     def once(count):
         if reset:

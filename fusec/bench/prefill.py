@@ -20,8 +20,8 @@ from .shapes import config_of
 from .table import say
 
 COLUMNS = {"model": ("model", ""), "tokens": ("tokens", "d"), "ms": ("ms", ".2f"), "step_ms": ("step ms", ".2f"),
-           "TFLOPs": ("TFLOP/s", ".1f"), "vendor_ms": ("vendor matmuls ms", ".2f"), "vendor_TFLOPs": ("vendor 8192³ TFLOP/s", ".1f"),
-           "share": ("share", ".1%")}
+           "TFLOPs": ("TFLOP/s", ".1f"), "vendor_ms": ("vendor matmuls ms", ".2f"),
+           "vendor_TFLOPs": ("vendor 8192³ TFLOP/s", ".1f"), "share": ("share", ".1%")}
 
 
 def bench_prefill(models: list[str], tokens: list[int], *, device: str = "auto", dtype: str = "auto", repeats: int = 5) -> dict:
@@ -45,8 +45,9 @@ def bench_prefill(models: list[str], tokens: list[int], *, device: str = "auto",
             step_ms = forward_milliseconds(llm, count)
             vendor_ms = vendor_milliseconds(compiled, count, chosen, getattr(torch, kind))
             tflops = kernel_traffic(compiled, Step(count, 1, count)).flops / step_ms / 1e9
-            cases.append({"model": name, "tokens": count, "ms": round(ms, 3), "step_ms": round(step_ms, 3), "TFLOPs": round(tflops, 2),
-                          "vendor_ms": round(vendor_ms, 3), "vendor_TFLOPs": round(peak, 2), "share": round(tflops / peak, 4)})
+            cases.append({"model": name, "tokens": count, "ms": round(ms, 3), "step_ms": round(step_ms, 3),
+                          "TFLOPs": round(tflops, 2), "vendor_ms": round(vendor_ms, 3),
+                          "vendor_TFLOPs": round(peak, 2), "share": round(tflops / peak, 4)})
             say(f"{name}, {count} tokens: {ms:.2f} ms, {tflops:.1f} of {peak:.1f} TFLOP/s")
         del llm
         release(chosen)
@@ -84,7 +85,8 @@ def prefill_batch(program, count: int):
     blocks = -(-count // program.block_size)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(program.vocab_size, (count,), generator=draw)
-    return Batch(ids=ints(ids), positions=ints(range(count)), slots=ints(range(count), torch.int64), query_starts=ints([0, count]),
+    return Batch(ids=ints(ids), positions=ints(range(count)), slots=ints(range(count), torch.int64), query_starts=ints([0,
+                                                                                                                        count]),
                  context_lens=ints([count]), block_tables=ints([[*range(blocks)] + [0] * (-blocks % 16)]), rows=ints([count - 1]),
                  max_query=count, max_context=count)
 

@@ -1,6 +1,7 @@
 """Start-up: from the start of Python to the first token, random weights, in processes of their own.
 
-    first_s   with empty compile caches (Triton's and ours are pointed at an empty folder)        again_s   the same once more
+    first_s   with empty compile caches (Triton's and ours are pointed at an empty folder)
+    again_s   the same once more; the other columns are its phases
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from ..errors import UserError
 from .engine import pick
@@ -28,7 +28,8 @@ start = time.time()
 from fusec import LLM, SamplingParams
 imported = time.time()
 config, device, dtype = json.loads(sys.argv[1])
-llm = LLM(config, load_format="random", device=device, dtype=dtype, max_model_len=min(8192, config.get("max_position_embeddings") or 2048))
+length = min(8192, config.get("max_position_embeddings") or 2048)
+llm = LLM(config, load_format="random", device=device, dtype=dtype, max_model_len=length)
 loaded = time.time()
 llm.generate([[1, 2, 3, 4, 5, 6, 7, 8]], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
 print(json.dumps([imported - start, loaded - imported, time.time() - loaded]))
@@ -52,10 +53,10 @@ def bench_startup(models: list[str], *, device: str = "auto", dtype: str = "auto
 
 def run_once(config: dict, device: str, dtype: str, caches: str) -> tuple[float, list[float]]:
     """(seconds of a whole process that answers with one token, its phases: imports, load, first token)."""
-    environment = os.environ | {"TRITON_CACHE_DIR": f"{caches}/triton", "FUSEC_CACHE": f"{caches}/fusec",
-                                "PYTHONPATH": os.pathsep.join(p for p in (str(Path.cwd()), os.environ.get("PYTHONPATH")) if p)}
+    environment = os.environ | {"TRITON_CACHE_DIR": f"{caches}/triton", "FUSEC_CACHE": f"{caches}/fusec"}
+    command = [sys.executable, "-c", CHILD, json.dumps([config, device, dtype])]
     clock = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps([config, device, dtype])], env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     seconds = time.perf_counter() - clock
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]

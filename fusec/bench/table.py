@@ -15,7 +15,8 @@ def emit(document: dict, columns: dict[str, tuple[str, str]], as_json: bool, row
     from rich.table import Table
 
     facts = [f"{key} {value}" for key, value in document.items() if isinstance(value, (str, int, float)) and key != "command"]
-    table = Table(title=f"fusec bench {document['command']}", caption=", ".join(facts), title_justify="left", caption_justify="left")
+    title = f"fusec bench {document['command']}"
+    table = Table(title=title, caption=", ".join(facts), title_justify="left", caption_justify="left")
     entries = document[rows]
     shown = {key: column for key, column in columns.items() if any(entry.get(key) is not None for entry in entries)}
     for key, (heading, _) in shown.items():

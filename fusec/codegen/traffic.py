@@ -1,8 +1,8 @@
 """What a kernel must move and compute at the least: the floor that its time is held against.
 
-Every weight is read once, every activation read and written once, the history of each sequence read once. Caches between memory and
-the multiprocessors can only make a step faster than this says where a kernel's inputs were just written, and then by little.
-"""
+Every weight is read once, every activation read and written once, the history of each sequence read once. Caches between
+memory and the multiprocessors can only make a step faster than this says where a kernel's inputs were just written, and then
+by little. """
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Step:
     context: int = 512
 
     def length(self, dim) -> int:
-        """How long a dim is in this step. N, the rows whose logits are wanted, is one a sequence; S is the history of all of them."""
+        """How long a dim is in this step. N, the rows whose logits are wanted, is one a sequence; S is the history of all of
+        them."""
         return dim.size if dim.size is not None else {
             "T": self.tokens, "N": self.sequences, "S": self.sequences * self.context}[dim.name]
 
