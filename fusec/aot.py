@@ -109,6 +109,7 @@ def record(compiled, program, target: str) -> list[Variant]:
                             for w in compiled.module.weights.values()}
             for name, (_, numel, kind) in compiled.module.buffers.items():
                 setattr(self, name, self.empty(self.max_tokens, numel, dtype=getattr(torch, kind)))
+            self.partial, self.arrivals = self.empty(1, dtype=torch.float32), self.empty(1)
             self._scratch = {}
             self.allocate_cache(1, BLOCK_SIZE)
 

@@ -1,8 +1,8 @@
 """The command line: `fusec compile llama.fuse`, `fusec run --prompt …` and their neighbours.
 
-Commands are imported when they are called, so that `fusec --help` answers at once. Results go to stdout, everything else to stderr.
-Exit statuses: 0 ok, 1 failed, 2 usage, 3 diagnostics in a source, 4 verification mismatch, 5 no device or not enough memory,
-130 interrupted.
+Commands are imported when they are called, so that `fusec --help` answers at once. Results go to stdout, everything else to
+stderr. Exit statuses: 0 ok, 1 failed, 2 usage, 3 diagnostics in a source, 4 verification mismatch, 5 no device or not enough
+memory, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import sys
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def unexpected(error: Exception) -> int:
         traceback.print_exception(error)
         return 1
     if type(error).__name__ == "OutOfMemoryError":
-        tell(paint(f"error: not enough memory on the device\n  found: {first_line(error)}\nhint: lower --max-model-len, or take a smaller model"))
+        hint = "lower --max-model-len, or take a smaller model"
+        tell(paint(f"error: not enough memory on the device\n  found: {first_line(error)}\nhint: {hint}"))
         return 5
     if type(error).__name__ == "VerifyError":
         tell(str(error))
@@ -173,3 +175,14 @@ def read_config(model: str | None) -> dict | None:
         raise UserError(f"cannot read {path}", expected="a JSON object", found=type(config).__name__)
     return config
 
+
+@contextmanager
+def working(text: str, told: bool = True):
+    """Shows on a terminal that something takes time; yields a function that changes the text."""
+    if not told or not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text) as status:
+        yield status.update

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import click
 
-from .cli import colored, print_json, read_config, tell
+from .cli import colored, print_json, read_config, tell, working
 from .diagnostics import Diagnostic, DiagnosticError, Label
 from .errors import UsageError, UserError
 
@@ -40,10 +42,58 @@ def compile(source, model, target, dtype, out, source_only, print_after, print_a
     compiled = run(Path(source), read_config(model), dtype=dtype, verify=verify, keep_stages=True)
     if printing:
         return print_stages(compiled, print_after)
-    from .aot import write_build
+    from .build import write_build
+    from .explain import explain_program
 
     out = out or Path("build") / Path(source).stem
-    write_build(compiled, out, target=target, source_only=source_only, as_json=as_json)
+    with working("writing source") as update:
+        report = write_build(
+            compiled,
+            out,
+            target or target_here(),
+            source_only,
+            lambda done, total: update(f"compiling kernels: {done} of {total}"),
+        )
+    if as_json:
+        return print_json(summary(compiled) | report.as_dict())
+    print(explain_program(compiled, report), end="")
+    seconds = ", ".join(f"{name} {time:.1f} s" for name, time in report.seconds.items())
+    tell(
+        f"\n{out}: {count(len(report.files) + 1, 'file')}"
+        + (f", cubins for {report.target}" if report.target else "")
+        + f" ({seconds})"
+    )
+
+
+def target_here() -> str:
+    """The architecture of the GPU that is here, else sm_90. Asks the driver: torch would take seconds to import."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "sm_90"
+    try:
+        ask = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        found = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "sm_90"
+    match = re.match(r"(\d+)\.(\d+)", found)
+    return f"sm_{match[1]}{match[2]}" if match else "sm_90"
+
+
+def summary(compiled) -> dict:
+    """What `explain_program` says, as data: the launches of a step, layers that repeat once, and what was not fused."""
+    from .explain import fold, refusals
+
+    return {
+        "model": compiled.graph.name,
+        "source": str(compiled.source),
+        "dtype": compiled.dtype,
+        "launches": len(compiled.module.launches),
+        "layers": [
+            {"name": run.name, "count": run.count, "kernels": [launch.function for launch in run.launches]}
+            for run in fold(compiled.module)
+        ],
+        "not_fused": [{"from": a, "to": b, "why": why, "count": n} for (a, b, why), n in refusals(compiled).items()],
+    }
 
 
 def check_passes(wanted) -> None:
@@ -94,11 +144,23 @@ def as_dict(diagnostic: Diagnostic) -> dict:
 
     def place(label: Label) -> dict:
         span = label.span
-        return {"file": span.file, "line": span.line, "column": span.column, "end_line": span.end_line, "end_column": span.end_column,
-                "text": label.text}  # fmt: skip
+        return {
+            "file": span.file,
+            "line": span.line,
+            "column": span.column,
+            "end_line": span.end_line,
+            "end_column": span.end_column,
+            "text": label.text,
+        }
 
-    return {"code": diagnostic.code, "level": diagnostic.level, "title": diagnostic.title, "at": place(diagnostic.label) if diagnostic.label else None,
-            "related": [place(label) for label in diagnostic.related], "hint": diagnostic.hint}  # fmt: skip
+    return {
+        "code": diagnostic.code,
+        "level": diagnostic.level,
+        "title": diagnostic.title,
+        "at": place(diagnostic.label) if diagnostic.label else None,
+        "related": [place(label) for label in diagnostic.related],
+        "hint": diagnostic.hint,
+    }
 
 
 def count(number: int, noun: str) -> str:
@@ -114,7 +176,9 @@ def fmt(files, check_only, from_stdin):
     from .language import format_source
 
     if from_stdin == bool(files):
-        raise UsageError("fmt formats files, or standard input", expected="FILES, or --stdin", found="both" if files else "neither")
+        raise UsageError(
+            "fmt formats files, or standard input", expected="FILES, or --stdin", found="both" if files else "neither"
+        )
     if from_stdin:
         text = sys.stdin.read()
         formatted = format_source(text, "<stdin>")
@@ -157,20 +221,28 @@ def pull(name):
 @click.command(short_help="Explain a diagnostic (FUS021), or how a program compiles.")
 @click.argument("subject", metavar="FUS0xx|FILE.fuse")
 @click.option("--model", metavar="DIR|FILE", help=MODEL_HELP)
-@click.option("--target", metavar="sm_NN", help="GPU to compile for.  [default: the GPU that is here, else sm_90]")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def explain(subject, model, target, dtype, as_json):
-    """Explain a diagnostic code, or what becomes of a program: kernels per layer, what was fused, what was not and why."""
+def explain(subject, model, dtype, as_json):
+    """Explain a diagnostic code, or what becomes of a program: kernels per layer, what was fused, what was not and why.
+
+    Compiles no cubins; fusec compile adds registers, spills and shared memory.
+    """
     if re.fullmatch(r"(?i)fus\d*", subject):
-        from .language.codes import codes
         from .language.codes import explain as text_of
+        from .language.codes import registry
 
         text = text_of(subject)
         if as_json:
-            code = codes()[subject.upper()]
-            return print_json({"code": code.code, "title": code.title, "text": code.text, "wrong": code.wrong, "right": code.right})
+            code = registry()[subject.upper()]
+            return print_json(
+                {"code": code.code, "title": code.title, "text": code.text, "wrong": code.wrong, "right": code.right}
+            )
         return print(text)
+    from .compiler import compile as run
     from .explain import explain_program
 
-    explain_program(Path(subject), read_config(model), dtype=dtype, target=target, as_json=as_json)
+    compiled = run(Path(subject), read_config(model), dtype=dtype)
+    if as_json:
+        return print_json(summary(compiled))
+    print(explain_program(compiled), end="")

@@ -50,7 +50,8 @@ def show(findings) -> None:
 
 def python() -> Finding:
     found = f"{platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    return Finding("python", "ok" if sys.version_info >= (3, 10) else "missing", found, None if sys.version_info >= (3, 10) else "install Python 3.10 or later")
+    recent = sys.version_info >= (3, 10)
+    return Finding("python", "ok" if recent else "missing", found, None if recent else "install Python 3.10 or later")
 
 
 def packages():
@@ -79,15 +80,17 @@ def gpu():
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
-            kernels = "generated Triton kernels" if p.major >= 8 else "too old for the generated kernels, which need compute capability 8.0"
-            yield Finding(f"GPU {i}", "ok" if p.major >= 8 else "note", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB: {kernels}")
+            found = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+            recent = p.major >= 8
+            yield Finding(f"GPU {i}", "ok" if recent else "note", found if recent else f"{found}: generated kernels need sm_80")
         return
     driver = driver_names_gpu()
     if driver and torch.version.cuda is None:
         found = f"{driver} is there, but this torch ({torch.__version__}) is built for the CPU"
         yield Finding("GPU", "note", found, f"{sys.executable} -m pip install --force-reinstall torch")
     elif driver:
-        yield Finding("GPU", "note", f"{driver} is there, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it", "update the NVIDIA driver")
+        found = f"{driver} is there, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it"
+        yield Finding("GPU", "note", found, "update the NVIDIA driver")
     else:
         yield Finding("GPU", "note", "none; models run on the CPU, and fusec compile still writes cubins")
 
@@ -97,8 +100,9 @@ def driver_names_gpu() -> str | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
+    ask = [tool, "--query-gpu=name", "--format=csv,noheader"]
     try:
-        listed = subprocess.run([tool, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=10, check=True).stdout
+        listed = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     return next(iter(listed.splitlines()), None)
@@ -111,12 +115,16 @@ def assembler() -> Finding:
     except metadata.PackageNotFoundError:
         return Finding("ptxas", "note", "comes with triton; without it no cubins")
     path = os.environ.get("TRITON_PTXAS_PATH") or shutil.which("ptxas", path=str(folder))
-    return Finding("ptxas", "ok" if path else "note", path or "missing from triton; without it no cubins", None if path else f"{sys.executable} -m pip install --force-reinstall triton")
+    if path:
+        return Finding("ptxas", "ok", path)
+    mend = f"{sys.executable} -m pip install --force-reinstall triton"
+    return Finding("ptxas", "note", "missing from triton; without it no cubins", mend)
 
 
 def model() -> Finding:
-    from .errors import UserError
     from fusec.runtime.hub import DEFAULT, resolve
+
+    from .errors import UserError
 
     try:
         return Finding("default model", "ok", str(resolve()))
@@ -130,10 +138,12 @@ def cache() -> Finding:
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        writable = os.access(folder, os.W_OK)
-        return Finding("cache", "ok" if writable else "missing", str(folder) if writable else f"{folder} cannot be written", None if writable else "set FUSEC_CACHE to a folder of yours")
+        if os.access(folder, os.W_OK):
+            return Finding("cache", "ok", str(folder))
+        reason = "cannot be written"
     except OSError as error:
-        return Finding("cache", "missing", f"{folder}: {error.strerror}", "set FUSEC_CACHE to a folder of yours")
+        reason = error.strerror
+    return Finding("cache", "missing", f"{folder}: {reason}", "set FUSEC_CACHE to a folder of yours")
 
 
 def memory() -> Finding:

@@ -133,7 +133,9 @@ def resources(report) -> dict[str, list[str]]:
     """function -> a line per compiled variant."""
     table: dict[str, list[str]] = {}
     for k in report.kernels if report is not None else ():
-        tiles = " ".join(f"{name}={size}" for name, size in k.tiles.items() if name.startswith("BLOCK_") or name == "SPLITS")
+        heads = ("BLOCK_R", "BLOCK_K", "BLOCK_J") if "PAGE" in k.tiles else ()  # attention's: the head sizes, padded
+        shown = [name for name in k.tiles if name not in heads and (name.startswith("BLOCK_") or name == "SPLITS")]
+        tiles = " ".join(f"{name}={k.tiles[name]}" for name in shown)
         warps = f"{k.options.get('num_warps', 4)} warps"
         spills = f"{k.spills} bytes spilled" if k.spills else "no spills"
         shared = f"{k.shared / 1024:.0f} KB shared" if k.shared >= 1024 else f"{k.shared} bytes shared"

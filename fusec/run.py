@@ -1,34 +1,54 @@
-"""`python -m fusec.run --prompt …`: one answer, streamed. Tokens go to stdout; what was loaded, compiled and measured goes to stderr."""
+"""`python -m fusec.run --prompt …`: one answer, streamed.
+
+Tokens go to stdout; what was loaded, compiled and measured goes to stderr.
+"""
 
 from __future__ import annotations
 
 import math
-import re
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from .cli import main, print_json, tell
+from .cli import main, print_json, tell, working
 from .errors import UsageError
 
 
 @click.command(short_help="Answer a prompt.")
 @click.option("--prompt", metavar="TEXT", help="What to answer; - reads standard input.")
-@click.option("--model", metavar="MODEL", help="A folder of safetensors, a .gguf file, a Hugging Face id, or a name that fusec pull knows.  [default: smollm2]")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="A folder, a .gguf file, a Hugging Face id, or a name that fusec pull knows.  [default: smollm2]",
+)
 @click.option("--system", metavar="TEXT", help="A system message, before the prompt.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the model's chat template.")
 @click.option("--max-tokens", type=int, default=512, show_default=True, help="Longest answer, in tokens.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most probable token: the same answer every time.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the smallest set of tokens of this probability.")
+@click.option(
+    "--temperature",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="0 takes the most probable token: the same answer every time.",
+)
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, help="Draw from the smallest set of tokens of this probability."
+)
 @click.option("--top-k", type=int, default=0, show_default=True, help="Draw from the K best tokens; 0: from all.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Above temperature 0, the same seed gives the same answer.")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
-              help="auto: float32 on a CPU; on a GPU the checkpoint's own half precision.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="auto: float32 on a CPU; on a GPU the checkpoint's own half precision.",
+)
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="auto: the GPU if there is one.")
-@click.option("--source", metavar="FILE.fuse", help="The program of the model.  [default: found by the checkpoint's architecture]")
+@click.option(
+    "--source", metavar="FILE.fuse", help="The program of the model.  [default: found by the checkpoint's architecture]"
+)
 @click.option("--max-model-len", type=int, metavar="N", help="Longest prompt and answer together, in tokens.")
 @click.option("--enforce-eager", is_flag=True, help="On a GPU: no CUDA graphs.")
 @click.option("--offline", is_flag=True, help="Never ask the Hugging Face Hub.")
@@ -40,15 +60,17 @@ def run(prompt, model, system, raw, as_json, quiet, **options):
     \b
     fusec run --prompt "What is a GPU? Answer in two sentences."
     fusec run --model ./Qwen3-0.6B --prompt - < question.txt
-    """  # fmt: skip
+    """
     if prompt is None:
-        raise UsageError("there is no prompt", expected="--prompt TEXT, or --prompt - for standard input", hint='fusec run --prompt "What is a GPU?"')
+        expected, hint = "--prompt TEXT, or --prompt - for standard input", 'fusec run --prompt "What is a GPU?"'
+        raise UsageError("there is no prompt", expected=expected, hint=hint)
     if raw and system:
         raise UsageError("--system needs a chat template, and --raw leaves it out", hint="drop one of them")
     if not (prompt := sys.stdin.read() if prompt == "-" else prompt).strip():
         raise UsageError("the prompt is empty", expected="some text")
     session = Session(model, options, told=not (quiet or as_json))
-    session.answer(prompt if raw else [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}], as_json)
+    conversation = [{"role": "system", "content": system}] if system else []
+    session.answer(prompt if raw else [*conversation, {"role": "user", "content": prompt}], as_json)
 
 
 class Session:
@@ -66,11 +88,22 @@ class Session:
             from fusec.runtime.llm import LLM
             from fusec.runtime.sampling import SamplingParams
 
-            self.params = SamplingParams(**{name: options[name] for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")})
+            self.params = SamplingParams(
+                **{name: options[name] for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
+            )
             self.imports = time.perf_counter() - clock
-            self.llm = LLM(path, source=options["source"], dtype=options["dtype"], device=options["device"], offline=options["offline"],
-                           max_model_len=options["max_model_len"], enforce_eager=options["enforce_eager"], max_num_seqs=1, seed=options["seed"],
-                           progress=lambda done, total: update(f"loading {self.name}: {done} of {total} tensors"))  # fmt: skip
+            self.llm = LLM(
+                path,
+                source=options["source"],
+                dtype=options["dtype"],
+                device=options["device"],
+                offline=options["offline"],
+                max_model_len=options["max_model_len"],
+                enforce_eager=options["enforce_eager"],
+                max_num_seqs=1,
+                seed=options["seed"],
+                progress=lambda done, total: update(f"loading {self.name}: {done} of {total} tensors"),
+            )
         self.program = self.llm.program
         self.compile_seconds = sum(self.program.compiled.seconds.values())
         self.load_seconds = time.perf_counter() - clock - self.imports - self.compile_seconds
@@ -80,7 +113,8 @@ class Session:
     def describe(self) -> None:
         count, size = parameters(self.program)
         dtype = str(self.program.dtype).removeprefix("torch.")
-        tell(f"model    {self.name}: {count / 1e6:,.1f} M parameters, {dtype}, {size / 1e9:.2f} GB, loaded in {self.load_seconds:.1f} s")
+        sizes = f"{count / 1e6:,.1f} M parameters, {dtype}, {size / 1e9:.2f} GB"
+        tell(f"model    {self.name}: {sizes}, loaded in {self.load_seconds:.1f} s")
         kernels = kernels_per_layer(self.program.compiled)
         shape = f"{kernels} kernels a layer, " if kernels else ""
         tell(f"program  {Path(self.program.compiled.source).name}: {shape}compiled in {self.compile_seconds:.1f} s")
@@ -89,7 +123,8 @@ class Session:
     @property
     def backend(self) -> str:
         if self.program.device.type == "cuda":
-            return "generated Triton kernels, paged KV cache, " + ("no CUDA graphs" if self.options["enforce_eager"] else "CUDA graphs")
+            graphs = "no CUDA graphs" if self.options["enforce_eager"] else "CUDA graphs"
+            return f"generated Triton kernels, paged KV cache, {graphs}"
         import torch
 
         return f"torch backend, paged KV cache, {torch.get_num_threads()} threads"
@@ -108,14 +143,27 @@ class Session:
                 sys.stdout.write("\n")
         output, metrics = stream.output.outputs[0], stream.output.metrics
         if as_json:
-            print_json({
-                "text": output.text, "token_ids": output.token_ids, "finish_reason": output.finish_reason, "prompt_tokens": metrics.prompt_tokens,
-                "model": self.name, "source": str(self.program.compiled.source), "backend": "triton" if self.program.device.type == "cuda" else "torch",
-                "device": device_name(self.program.device), "dtype": str(self.program.dtype).removeprefix("torch."),
-                "timings": {"load_s": self.load_seconds, "compile_s": self.compile_seconds, "warm_up_s": warm,
-                            "time_to_first_token_s": metrics.time_to_first_token, "prefill_tokens_per_s": metrics.prefill_tokens_per_second,
-                            "decode_tokens_per_s": metrics.decode_tokens_per_second},
-            })  # fmt: skip
+            print_json(
+                {
+                    "text": output.text,
+                    "token_ids": output.token_ids,
+                    "finish_reason": output.finish_reason,
+                    "prompt_tokens": metrics.prompt_tokens,
+                    "model": self.name,
+                    "source": str(self.program.compiled.source),
+                    "backend": "triton" if self.program.device.type == "cuda" else "torch",
+                    "device": device_name(self.program.device),
+                    "dtype": str(self.program.dtype).removeprefix("torch."),
+                    "timings": {
+                        "load_s": self.load_seconds,
+                        "compile_s": self.compile_seconds,
+                        "warm_up_s": warm,
+                        "time_to_first_token_s": metrics.time_to_first_token,
+                        "prefill_tokens_per_s": metrics.prefill_tokens_per_second,
+                        "decode_tokens_per_s": metrics.decode_tokens_per_second,
+                    },
+                }
+            )
         if self.told:
             tell(summary(metrics, output.finish_reason))
 
@@ -137,7 +185,8 @@ class Session:
 
 def summary(metrics, finish_reason) -> str:
     """The last line: how long it took."""
-    text = f"\n{metrics.prompt_tokens} prompt tokens, first token after {metrics.time_to_first_token:.2f} s, {metrics.output_tokens} tokens"
+    text = f"\n{metrics.prompt_tokens} prompt tokens, first token after {metrics.time_to_first_token:.2f} s"
+    text += f", {metrics.output_tokens} tokens"
     speed = metrics.decode_tokens_per_second
     text += f" at {speed:.1f} tok/s" if speed else ""
     return text + (" (cut at --max-tokens)" if finish_reason == "length" else "")
@@ -153,12 +202,13 @@ def parameters(program) -> tuple[int, int]:
     return count, count * program.dtype.itemsize
 
 
-def kernels_per_layer(compiled) -> int | None:
-    """Launches of the second layer (the first may differ); None for a program that torch runs."""
+def kernels_per_layer(compiled) -> str | None:
+    """Launches of a layer, such as "5" or "5 or 6" where layers differ; None for a program that torch runs."""
     if compiled.module is None:
         return None
-    layers = [match.group(1) for launch in compiled.module.launches if (match := re.search(r"\.(\d+)(?=\.|$)", launch.kernel.origin.path))]
-    return layers.count("1") or layers.count("0") or None
+    from .explain import fold
+
+    return " or ".join(str(n) for n in sorted({len(run.launches) for run in fold(compiled.module) if run.count > 1})) or None
 
 
 def device_name(device) -> str:
@@ -167,18 +217,6 @@ def device_name(device) -> str:
 
         return torch.cuda.get_device_name(device)
     return "CPU"
-
-
-@contextmanager
-def working(text: str, told: bool):
-    """Shows on a terminal that something takes time; yields a function that changes the text."""
-    if not told or not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(text) as status:
-        yield status.update
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     x * (1 / (1 + exp(-x)))   ->   F.silu(x)
 
-A pattern is nested tuples `(op, operand, ...)` with names for holes and numbers for literals. `idioms` replaces each match by a `via` value
-whose body is what it replaced: the graph means what it did, and the interpreter can still evaluate it without the shortcut.
+A pattern is nested tuples `(op, operand, ...)` with names for holes and numbers for literals. `idioms` replaces each match by a
+`via` value whose body is what it replaced: the graph means what it did, and can still be evaluated without the shortcut.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from fusec.passes.extract import extract
 COMMUTES = ("add", "mul")
 SILU = ("mul", "x", ("div", 1, ("add", 1, ("exp", ("neg", "x")))))
 RMS_NORM = ("cast", ("mul", "x", ("rsqrt", ("add", ("mean", ("mul", "x", "x")), "eps"))))
-ROPE = ("join", ("cast", ("sub", ("mul", "a", "cos"), ("mul", "b", "sin"))), ("cast", ("add", ("mul", "b", "cos"), ("mul", "a", "sin"))))
+TURNED = ("sub", ("mul", "a", "cos"), ("mul", "b", "sin")), ("add", ("mul", "b", "cos"), ("mul", "a", "sin"))
+ROPE = ("join", ("cast", TURNED[0]), ("cast", TURNED[1]))
 SCORES = ("where", "mask", ("cast", ("mul", ("contract", "q", "k"), "scale")), -math.inf)
 EXPONENTIALS = ("exp", ("sub", SCORES, ("max", SCORES)))
 ATTENTION = ("contract", ("cast", ("div", EXPONENTIALS, ("sum", EXPONENTIALS))), "v")
@@ -52,18 +53,23 @@ def idioms(graph: Graph, types: dict[str, torch.dtype]) -> tuple[Graph, dict[Val
 
     def rule(value, inputs):
         value = value if inputs == value.inputs else replace(value, inputs=inputs)
-        for name, pattern, write in (("silu", SILU, silu), ("rms_norm", RMS_NORM, rms_norm), ("rope", ROPE, rope)):
+        for pattern, write in ((SILU, silu), (RMS_NORM, rms_norm), (ROPE, rope)):
             holes = unify(pattern, value, {})
             function = write(value, types, **holes) if holes else None
             if function:
-                body, leaves = extract(name, [value], lambda v: v.op != "const" and v in holes.values())
-                via = replace(value, op="via", inputs=leaves, attrs={"template": name, "body": body})
-                order = [leaves.index(v) for v in holes.values() if v in leaves]
-                functions[via] = function if order == sorted(order) else lambda *tensors: function(*[tensors[i] for i in order])
+                operands = [hole for hole in holes.values() if hole.op != "const"]
+                body, leaves = extract(write.__name__, [value], operands.__contains__)
+                via = replace(value, op="via", inputs=leaves, attrs={"template": write.__name__, "body": body})
+                functions[via] = reordered(function, [leaves.index(operand) for operand in operands])
                 return via
         return value
 
     return rewrite(graph, rule), functions
+
+
+def reordered(function, order: list[int]):
+    """The function of operands that stand as `order` says."""
+    return function if order == sorted(order) else lambda *tensors: function(*[tensors[i] for i in order])
 
 
 def silu(value, types, x):
@@ -71,7 +77,7 @@ def silu(value, types, x):
 
 
 def rms_norm(value, types, x, eps):
-    """x / sqrt(mean(x^2) + eps), rounded to the type that the program casts it to; its weight is applied by the value that follows."""
+    """x / sqrt(mean(x^2) + eps), rounded to the type that the program casts it to; the next value applies the weight."""
     root = next(i for i in value.inputs[0].inputs if i.op == "rsqrt")
     mean = next(i for i in root.inputs[0].inputs if i.op == "mean")
     if mean.attrs["over"] != x.names[-1:] or eps.op != "const":
@@ -83,7 +89,12 @@ def rms_norm(value, types, x, eps):
 def rope(value, types, a, cos, b, sin):
     """Both halves of a rotation, written where the join wants them."""
     (names, (step,), first), (others, _, second) = value.attrs["parts"]
-    if value.names[-1] != value.attrs["dim"] or a.names != b.names or a.names != (*value.names[:-1], *names) or cos.names != sin.names:
+    if (
+        value.names[-1] != value.attrs["dim"]
+        or a.names != b.names
+        or a.names != (*value.names[:-1], *names)
+        or cos.names != sin.names
+    ):
         return None
     size, to, align = value.attrs["size"], types[value.dtype], aligner(cos.names, a.names) or (lambda t: t)
     span = step * (a.dims[-1].size - 1) + 1
@@ -91,8 +102,8 @@ def rope(value, types, a, cos, b, sin):
     def rotate(a, cos, b, sin):
         cos, sin = align(cos), align(sin)
         out = a.new_empty(*a.shape[:-1], size)
-        torch.mul(a, cos, out=out[..., first:first + span:step]).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=out[..., second:second + span:step]).addcmul_(a, sin)
+        torch.mul(a, cos, out=out[..., first : first + span : step]).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=out[..., second : second + span : step]).addcmul_(a, sin)
         return out.to(to)
 
     return rotate
@@ -116,13 +127,24 @@ class Attention:
         q, k, v, mask = (holes[name] for name in ("q", "k", "v", "mask"))
         groups, inner = k.names[1:-1], k.names[-1]
         plain = (q.names[0], k.names[0], v.names[:-1], set(mask.names)) == ("T", "S", k.names[:-1], {"T", "S"})
-        if not plain or q.names[1:1 + len(groups)] != groups or q.names[-1] != inner or body.outputs[0].names != (*q.names[:-1], v.names[-1]):
+        if (
+            not plain
+            or q.names[1 : 1 + len(groups)] != groups
+            or q.names[-1] != inner
+            or body.outputs[0].names != (*q.names[:-1], v.names[-1])
+        ):
             return None
         seen = Graph("mask", body.inputs, (mask,))
         numbers = (body.inputs.index(value) for value in (q, k, v))
         heads = math.prod(d.size for d in k.dims[1:-1])
-        return cls(*numbers, holes["scale"].attrs["value"], Evaluator(seen, types, device=device), permuter(mask.names, ("T", "S")), heads,
-                   print_graph(seen, origins=False))
+        return cls(
+            *numbers,
+            holes["scale"].attrs["value"],
+            Evaluator(seen, types, device=device),
+            permuter(mask.names, ("T", "S")),
+            heads,
+            print_graph(seen, origins=False),
+        )
 
     def mask(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
         mask = self._arrange(self._mask(**inputs)[0])

@@ -1,4 +1,7 @@
-"""The torch backend: the compiled graph, evaluated by torch with a paged cache. The default where there is no GPU, and the reference."""
+"""The torch backend: the compiled graph, evaluated by torch with a paged cache.
+
+The default where there is no GPU, and the reference for the other backend.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from fusec.runtime.torch_idioms import Attention, idioms
 
 
 class TorchProgram:
-    """See Program. Sequences are independent but for the matrices: everything outside attention runs on the packed tokens at once, each
-    sequence's attention runs on its own history."""
+    """See Program. Everything outside attention runs on the packed tokens at once; each sequence's attention runs on its own
+    history."""
 
     supports_graphs = False
 
@@ -29,12 +32,21 @@ class TorchProgram:
         for value in graph.walk():
             if value.op == "via" and value not in self.functions:
                 self.functions[value] = History(self, value, types)
-        self.evaluator = Evaluator(graph, types, weight=loader, cache=self.keep, via=lambda value, tensors: self.functions[value](*tensors),
-                                   device=device)
+        self.evaluator = Evaluator(
+            graph,
+            types,
+            weight=loader,
+            cache=self.keep,
+            via=lambda value, tensors: self.functions[value](*tensors),
+            device=device,
+        )
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
-        self.caches = {name: torch.zeros(num_blocks * block_size, *sizes, dtype=self.dtype, device=self.device) for name, sizes in self.sizes.items()}
+        self.caches = {
+            name: torch.zeros(num_blocks * block_size, *sizes, dtype=self.dtype, device=self.device)
+            for name, sizes in self.sizes.items()
+        }
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -52,7 +64,7 @@ class TorchProgram:
         for b, length in enumerate(lengths):
             if not length:
                 continue
-            blocks = batch.block_tables[b, :-(-length // self.block_size)].long()
+            blocks = batch.block_tables[b, : -(-length // self.block_size)].long()
             rows = (blocks[:, None] * self.block_size + torch.arange(self.block_size, device=blocks.device)).reshape(-1)[:length]
             found.append((slice(starts[b], starts[b + 1]), consecutive(rows.tolist()) or rows))
         return found
@@ -84,7 +96,10 @@ class History:
 
     def __call__(self, *operands: torch.Tensor) -> torch.Tensor:
         tokens = operands[self.kinds.index("T")].shape[0]
-        parts = [(queries, self.one(number, queries, history, operands)) for number, (queries, history) in enumerate(self.program.sequences)]
+        parts = [
+            (queries, self.one(number, queries, history, operands))
+            for number, (queries, history) in enumerate(self.program.sequences)
+        ]
         if len(parts) == 1 and parts[0][1].shape[0] == tokens:
             return parts[0][1]
         out = torch.zeros(tokens, *self.sizes, dtype=self.program.dtype, device=self.program.device)

@@ -86,8 +86,10 @@ def test_startup_runs_twice(tiny):
 @pytest.mark.parametrize("arguments, error", [
     (("decode", "--model", "llama-3.1"), UsageError), (("decode", "--model", ","), UsageError),
     (("decode", "--model", "TINY", "--device", "cpu", "--context", "300"), UsageError),
-    (("decode", "--model", "TINY", "--device", "tpu"), UsageError), (("decode", "--model", "TINY", "--dtype", "int8"), UsageError),
-    (("kernels", "--model", "TINY", "--device", "cpu"), DeviceError), (("attention", "--model", "TINY", "--device", "cpu"), DeviceError),
+    (("decode", "--model", "TINY", "--device", "tpu"), UsageError),
+    (("decode", "--model", "TINY", "--device", "cpu", "--dtype", "int8"), UsageError),
+    (("kernels", "--model", "TINY", "--device", "cpu"), DeviceError),
+    (("attention", "--model", "TINY", "--device", "cpu"), DeviceError),
 ])
 def test_mistakes_are_told(arguments, error, tiny):
     done = run(*(tiny if a == "TINY" else a for a in arguments))

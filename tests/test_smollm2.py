@@ -11,9 +11,15 @@ from fusec.runtime.checkpoint import open_checkpoint
 from fusec.runtime.hub import resolve
 
 PROMPTS = [
-    "What is a GPU? Answer in two sentences.", "Write a haiku about the sea.", "What is the capital of France?", "Count from one to ten.",
-    "Explain gravity to a child.", "Name three primes.", "Translate to Spanish: good morning.", "Why is the sky blue?",
-]  # fmt: skip
+    "What is a GPU? Answer in two sentences.",
+    "Write a haiku about the sea.",
+    "What is the capital of France?",
+    "Count from one to ten.",
+    "Explain gravity to a child.",
+    "Name three primes.",
+    "Translate to Spanish: good morning.",
+    "Why is the sky blue?",
+]
 TOKENS = 64
 pytestmark = pytest.mark.slow
 
@@ -66,7 +72,8 @@ def test_greedy_tokens_are_those_of_transformers(llm, reference, ignore_eos):
 
 
 def test_logits_are_those_of_transformers(llm, reference):
-    ids = llm.tokenizer.encode("A graphics processing unit (GPU) is a specialized electronic circuit, first made to speed up images. " * 12)
+    text = "A graphics processing unit (GPU) is a specialized electronic circuit, first made to speed up images. "
+    ids = llm.tokenizer.encode(text * 12)
     with torch.inference_mode():
         expected = reference(torch.tensor([ids])).logits[0]
     assert (llm.logits(ids) - expected).abs().max() <= 1e-3

@@ -165,9 +165,11 @@ def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_
     if many and parts.x.op == "input":  # loaded as it is, so that it can go from memory to the tensor cores untouched
         pointer = w.params.pointer(parts.x.attrs["name"], ("input", body.inputs.index(parts.x)))
         offset, masks = emitter.address(parts.x)
-        lines.append(f"a = tl.load({pointer} + {offset}, mask={' & '.join(masks)}, other=0)")
-        operand, emitter.known[parts.x] = "a", "a.to(tl.float32)"
-        x = operand
+        lines.append(f"a = tl.load({pointer} + {offset}, mask={' & '.join(masks)}, other=0, eviction_policy=\"evict_last\")")
+        # A reduction beside the contraction loads x again, from cache: Triton 3.6 miscompiles a tile that both an asynchronous
+        # tensor-core instruction and an elementwise expression read, once two accumulators are in flight. The eviction policy keeps
+        # the two loads apart (and tells the truth: every program reads this x).
+        x = operand = "a"
     else:
         x = emitter.write(parts.x)
         x = x if x.isidentifier() else emitter.assign(w.names.fresh("x"), x)

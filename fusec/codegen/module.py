@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from ..ir.graph import Graph, Value
+from ..errors import UserError
+from ..ir.graph import Graph, S, Value
 from ..passes.analysis import RUNTIME, cone
 from ..passes.extract import leaf_name, unique
 from . import attention as attention_body
@@ -17,6 +18,7 @@ from . import schedule
 from .contraction import Contraction
 from .kernels import Source, contraction, environment, row_kernel
 
+COUNTS = {"T": "T", "T'": "N"}  # run-time dim -> what generated code calls its size
 HEADER = '''"""{title}
 
 {body}
@@ -104,8 +106,15 @@ class Builder:
     # ---- one kernel -------------------------------------------------------------------------------------------------------------
 
     def add(self, kernel: Value):
-        make = {"contract": self.contract, "rows": self.rows, "attention": self.attention}[kernel.attrs["kind"]]
-        sources, launch, params = make(kernel)
+        make = {"contract": self.contract, "rows": self.rows, "attention": self.attention}.get(kernel.attrs["kind"])
+        if make is None:
+            raise unsupported(kernel, f"{kernel.attrs['kind']} (a routed stack)")
+        if make != self.attention and any(S in v.dims and v.op != "cache" for v in kernel.attrs["body"].walk()):
+            raise unsupported(kernel, "work along the history S outside attention (keys or values computed from a cache)")
+        try:
+            sources, launch, params = make(kernel)
+        except attention_body.Unmatched as problem:
+            raise unsupported(kernel, str(problem)) from None
         key = (tuple(s.text for s in sources), tuple(launch), tuple(params), self.result_types(kernel))
         function = self.by_text.get(key)
         if function is None:
@@ -130,7 +139,7 @@ class Builder:
         parts = Contraction(kernel.attrs["body"])
         comment = self.source_lines(kernel)
         shape = (parts.n, parts.k, parts.leaves, self.itemsize)
-        rows = parts.row_dim
+        rows = COUNTS[parts.row_dim]
         sources, lines = [], []
         for form, tiles in (("gemv", (schedule.gemv(*shape),)), ("skinny", schedule.skinny(*shape)), ("matmul", schedule.matmul(*shape))):
             block_n, block_k = (max((getattr(t, b) for t in tiles), key=lambda size, n=n: n % size)
@@ -168,9 +177,9 @@ class Builder:
         block_m = max(1, min(16, 1024 // schedule.padded(f["width"])))
         warps = 8 if f["width"] > 2048 else 4
         source.facts["tiles"] = {"BLOCK_M": block_m, "num_warps": warps}
-        grid = f"(triton.cdiv({f['row_dim']}{' * ' + str(f['repeat']) if f['repeat'] > 1 else ''}, {block_m}),)"
-        lines = call(source, grid, f["row_dim"], {"BLOCK_M": block_m}, warps)
-        return [source], lines, [(f["row_dim"], ("tokens", f["row_dim"])), *merge(source.roles)]
+        grid = f"(triton.cdiv({COUNTS[f['row_dim']]}{' * ' + str(f['repeat']) if f['repeat'] > 1 else ''}, {block_m}),)"
+        lines = call(source, grid, COUNTS[f["row_dim"]], {"BLOCK_M": block_m}, warps)
+        return [source], lines, [(COUNTS[f["row_dim"]], ("tokens", COUNTS[f["row_dim"]])), *merge(source.roles)]
 
     def attention(self, kernel):
         via = kernel.attrs["body"].outputs[0]
@@ -281,13 +290,22 @@ class Builder:
             parts.append("\n\n" + "\n".join(lines) + "\n")
         output = self.graph.outputs[0]
         size = math.prod(d.size for d in output.dims if d.size)
-        rows = next(d.name for d in output.dims if d.name in RUNTIME)
+        rows = COUNTS[next(d.name for d in output.dims if d.name in RUNTIME)]
         lines = ["def step(m, b):", '    """Logits of the wanted rows: float32 [N, V]."""', "    w, c = m.weights, m.caches",
                  "    T, N = b.ids.shape[0], b.rows.shape[0]",
                  f"    logits = torch.empty(({rows}, {size}), dtype=torch.float32, device=b.ids.device)"]
         lines += [f"    {launch.function}({', '.join(launch.arguments)})" for launch in self.module.launches]
         lines += ["    return logits"]
         return "".join(parts) + "\n\n" + "\n".join(lines) + "\n"
+
+
+def unsupported(kernel: Value, found: str) -> UserError:
+    """A kernel that no template implements: the program is right, and torch can run it."""
+    origin = kernel.origin
+    where = f"{origin.file}:{origin.line}" if origin.line else kernel.attrs["name"]
+    return UserError(f"no kernel template implements {where} efficiently", found=found,
+                     expected="row kernels, contractions of activations with weights, and attention over cached keys and values",
+                     hint="run it through torch instead: --device cpu")
 
 
 def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: int) -> list[str]:

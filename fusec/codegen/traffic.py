@@ -27,7 +27,7 @@ class Step:
         """How long a dim is in this step. N, the rows whose logits are wanted, is one a sequence; S is the history of all of
         them."""
         return dim.size if dim.size is not None else {
-            "T": self.tokens, "N": self.sequences, "S": self.sequences * self.context}[dim.name]
+            "T": self.tokens, "T'": self.sequences, "S": self.sequences * self.context}[dim.name]
 
     @property
     def pairs(self) -> int:

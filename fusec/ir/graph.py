@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Dim:
-    """A named axis. `size` is None for the run-time dims T (packed tokens), S (history) and N (rows whose logits are wanted)."""
+    """A named axis. `size` is None for the run-time dims T (packed tokens), S (history) and T' (rows whose logits are wanted)."""
 
     name: str
     size: int | None = None
@@ -26,7 +26,7 @@ class Dim:
         return self.name if self.size is None else f"{self.name}={self.size}"
 
 
-T, S, N = Dim("T"), Dim("S"), Dim("N")
+T, S, N = Dim("T"), Dim("S"), Dim("T'")  # T' can be no program's own name
 
 
 @dataclass(frozen=True)

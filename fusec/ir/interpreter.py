@@ -196,7 +196,7 @@ class Evaluator:
             elif fixed.shape == tensor.shape and fixed.dtype == tensor.dtype and arrange_b(tensor).stride() == tensor.stride():
                 self.constants[self.number[b]] = fixed  # a table that is a matrix too (tied embeddings) is kept once
 
-        if fixed is not None and not batch and not swap:  # a linear layer: what nearly all of a model's time goes into
+        if fixed is not None and columns and contracted and not batch and not swap:  # a linear layer: nearly all of a model's time
             tail, arrange_rows = shape_b[:n_columns], None if arrange_a is same else arrange_a
             convert = self.types[a.dtype] != dtype
 
@@ -225,7 +225,7 @@ class Evaluator:
         return run
 
     def _laid_out(self, matrix: torch.Tensor) -> torch.Tensor:
-        """[N, K] as the device multiplies it fastest by few rows: in float32 a CPU reads [K, N] a third faster, elsewhere K is contiguous."""
+        """[N, K] as it is multiplied fastest by few rows: K contiguous, but on a CPU in float32, which reads [K, N] a third faster."""
         if self.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.dim() == 2:
             return matrix.t().contiguous().t()
         return matrix.contiguous()

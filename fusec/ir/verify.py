@@ -161,7 +161,7 @@ class _Verifier:
             if self.sizes.setdefault(dim.name, dim.size) != dim.size:
                 self.fail(value, f"{dim.name} is {_size(dim.size)} here and {_size(self.sizes[dim.name])} elsewhere")
             if dim.size is None and dim.name not in RUN_TIME or dim.size is not None and not _positive(dim.size):
-                self.fail(value, f"{dim.name} cannot be {_size(dim.size)}: only T, S and N have no size before run time")
+                self.fail(value, f"{dim.name} cannot be {_size(dim.size)}: only T, S and T' have no size before run time")
         self.types.add((value.dtype, value.dims))
 
     def infer(self, value, rule):

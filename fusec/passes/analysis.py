@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..ir.graph import Graph, Value
+from ..ir.graph import Graph, N, S, T, Value
 from ..ir.ops import OPS
 
-RUNTIME = ("T", "S", "N")
+RUNTIME = (T.name, S.name, N.name)
 
 
 def statics(graph: Graph) -> set[Value]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from ..ir.graph import Graph, Value
+from ..ir.graph import Graph, N, T, Value
 from ..ir.ops import OPS, make
 from .analysis import RUNTIME, axis, cone, is_anchor, levels, statics
 from .extract import block_name, extract, joined_name
@@ -239,7 +239,7 @@ class Fuser:
                     return False
             elif kind not in ("elementwise",) and v.op not in ("split", "index"):
                 return False
-            if not set(v.names) <= set(dims) | {"N", "T"}:
+            if not set(v.names) <= set(dims) | {N.name, T.name}:
                 return False
         return True
 

@@ -1,7 +1,7 @@
 """select_rows: only the rows whose logits are wanted reach the final norm and the head.
 
-    before   %h = … : x[T, D]                            after   %s = gather(%h, %rows) dim="T" : x[N, D]
-             %y = contract(norm(%h), %w) : x[T, V]               %y = contract(norm(%s), %w) : x[N, V]
+    before   %h = … : x[T, D]                            after   %s = gather(%h, %rows) dim="T" : x[T', D]
+             %y = contract(norm(%h), %w) : x[T, V]               %y = contract(norm(%s), %w) : x[T', V]
 
 The program describes every token's logits; a server wants one row of each sequence. The selection is made at the last value that all of
 the head's input is computed from (the last residual sum): the lowest single point of its dataflow above the matrices of the last layer.

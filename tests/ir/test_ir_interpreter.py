@@ -6,7 +6,7 @@ import pytest
 import torch
 from llama_text import llama_text
 
-from fusec.ir.graph import Dim, Graph, S, T
+from fusec.ir.graph import Dim, Graph, N, S, T
 from fusec.ir.interpreter import EXACT, Evaluator, dtypes, evaluate, storage_view
 from fusec.ir.ops import OPS, make
 from fusec.ir.text import read_graph
@@ -207,7 +207,7 @@ def test_gather():
     ids, table = argument("ids", T, dtype="int"), argument("table", D, A)
     picked, data = torch.tensor([2, 0, 0, 1, 2, 1, 0], dtype=torch.int32), normal(8, 3)
     equal(run([ids, table], make("gather", table, ids, dim="A"), picked, data), data.T[picked])
-    rows, x, wanted = argument("rows", Dim("N"), dtype="int"), argument("x", T, D), torch.tensor([6, 1])
+    rows, x, wanted = argument("rows", N, dtype="int"), argument("x", T, D), torch.tensor([6, 1])
     equal(run([rows, x], make("gather", x, rows, dim="T"), wanted, normal(TOKENS, 8)), normal(TOKENS, 8)[wanted])
     two = argument("e", T, H, dtype="int")  # routed experts: a matrix per token and choice
     experts, choice = argument("w", A, D, C), torch.randint(0, 3, (TOKENS, 2), generator=torch.Generator().manual_seed(0))

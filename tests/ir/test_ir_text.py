@@ -110,8 +110,8 @@ def test_wrong_graphs_print_too():
     stray = make("input", name="x", dtype="x", dims=(N,))
     graph = Graph("wrong", (a, b), (Value("mul", (a, b, stray), {}, "x", a.dims),))
     assert print_graph(graph) == (
-        "graph wrong\n  dims T, N, D=8\n  input %x : x[T, D]\n  input %0 name=\"x\" : x[T, D=9]\n"
-        "  %1 = input name=\"x\" : x[N]\n  %2 = mul(%x, %0, %1) : x[T, D]\n  return %2\n")
+        "graph wrong\n  dims T, T', D=8\n  input %x : x[T, D]\n  input %0 name=\"x\" : x[T, D=9]\n"
+        "  %1 = input name=\"x\" : x[T']\n  %2 = mul(%x, %0, %1) : x[T, D]\n  return %2\n")
     assert same(graph, read_graph(print_graph(graph)))
 
 

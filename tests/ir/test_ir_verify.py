@@ -12,11 +12,11 @@ from fusec.ir.verify import VerifyError, verify
 
 HEADER = """\
 graph wrong
-  dims T, S, N, D=8, E=4, H=2, J=4
+  dims T, S, T', D=8, E=4, H=2, J=4
   input %x : x[T, D]
   input %w : x[D]
   input %ids : int[T]
-  input %rows : int[N]
+  input %rows : int[T']
 """
 
 
@@ -158,7 +158,7 @@ def test_only_three_dims_have_no_size():
 
 
 def test_picking_rows_mixes_no_tokens():
-    verify(read_graph(HEADER + '  %0 = gather(%x, %rows) dim="T" : x[N, D]\n  return %0\n'))
+    verify(read_graph(HEADER + '  %0 = gather(%x, %rows) dim="T" : x[T', D]\n  return %0\n'))
 
 
 def test_composite_axes_are_covered():
