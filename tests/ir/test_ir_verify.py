@@ -158,7 +158,7 @@ def test_only_three_dims_have_no_size():
 
 
 def test_picking_rows_mixes_no_tokens():
-    verify(read_graph(HEADER + '  %0 = gather(%x, %rows) dim="T" : x[T', D]\n  return %0\n'))
+    verify(read_graph(HEADER + '  %0 = gather(%x, %rows) dim="T" : x[T\', D]\n  return %0\n'))
 
 
 def test_composite_axes_are_covered():
