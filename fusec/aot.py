@@ -33,6 +33,9 @@ TABLE = 512  # columns of a block table
 LONGEST = 2048  # tokens of a large prefill step
 
 
+SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}  # KB that a program may have
+
+
 def architecture(target: str) -> int:
     """"sm_90" -> 90.  Raises UsageError for what is no NVIDIA target that the kernels are written for."""
     match = re.fullmatch(r"sm_(\d{2,3})a?", target)

@@ -24,10 +24,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass
 class Compiled:
-    """A compiled program.  graph: of kernels (triton) or primitives (torch).  stages: the graph after each pass, if they were kept.
+    """A compiled program.  config: the keys of config.json it was compiled for (None: the program's own defaults).  graph: of kernels (triton) or primitives (torch).  stages: the graph after each pass, if they were kept.
     module: the generated source (triton backend only).  seconds: time by phase."""
 
     source: Path | str
+    config: dict | None
     graph: Graph
     dtype: str
     module: Module | None
@@ -68,7 +69,7 @@ def compile(source=None, config: dict | None = None, *, dtype: str = "bfloat16",
         clock = time.perf_counter()
         module = build(graph, dtype=dtype, source_lines=SourceLines(source), title=Path(source).name if isinstance(source, Path) else "")
         seconds["codegen"] = time.perf_counter() - clock
-    return Compiled(source, graph, dtype, module, stages, seconds)
+    return Compiled(source, config, graph, dtype, module, stages, seconds)
 
 
 def widened(output: Value) -> Value:

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from .aot import SHARED, architecture
 from .codegen.traffic import BANDWIDTH, Step, Traffic, traffic
 from .ir.graph import Value
 from .ir.ops import OPS
@@ -139,6 +140,8 @@ def resources(report) -> dict[str, list[str]]:
         warps = f"{k.options.get('num_warps', 4)} warps"
         spills = f"{k.spills} bytes spilled" if k.spills else "no spills"
         shared = f"{k.shared / 1024:.0f} KB shared" if k.shared >= 1024 else f"{k.shared} bytes shared"
+        if report.target and k.shared > SHARED.get(architecture(report.target), 1 << 20) * 1024:
+            shared += f", MORE THAN {report.target} HAS: it cannot be launched"
         table.setdefault(k.function, []).append(
             f"    {k.form:<9} {k.registers} registers, {spills}, {shared}   {tiles}, {warps} ({k.steps[0]})")
     return table

@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 """
-TOKENS = {"gemv": (1,), "skinny": (16, 64), "matmul": (4096,)}
+TOKENS = {"gemv": (1,), "skinny": (16, 32, 64, 128), "matmul": (4096,)}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def candidates(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens:
     if form == "skinny":
         small = rows * k * leaves < 8 << 20
         for n, bk, splits, warps, stages in itertools.product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (4, 8), (3, 4)):
-            shared = stages * (n * leaves + tokens) * bk * itemsize
+            shared = stages * (n * leaves + tokens) * bk * itemsize  # and as much again of x where a reduction runs beside
             programs = -(-rows // n) * splits
             if k % (bk * splits) or shared > 200_000 or programs > 1100 or not 32 <= n * leaves <= 128 or warps == 8 and n * leaves < 64:
                 continue

@@ -15,6 +15,7 @@ from fusec.errors import UserError
 from fusec.ir.graph import Graph, Value
 from fusec.ir.interpreter import dtypes, evaluate, storage_view
 from fusec.passes.analysis import cone
+from fusec.runtime.checkpoint import check_finite
 
 
 class Loader:
@@ -36,7 +37,9 @@ class Loader:
         tensor = self.checkpoint.load(key, self.dtype)
         if tuple(tensor.shape) != tuple(shape):
             raise UserError(f"{key} has another shape than the program gives it", expected=str(tuple(shape)), found=str(tuple(tensor.shape)))
-        return tensor.to(self.device)
+        tensor = tensor.to(self.device)
+        check_finite(tensor, key, self.checkpoint.name)
+        return tensor
 
 
 class RandomWeights(Loader):

@@ -64,6 +64,13 @@ def test_a_build_report_adds_resources(llama):
     assert "gemv      86 registers, 12 bytes spilled, 2 KB shared   BLOCK_N=4 BLOCK_K=2048, 4 warps" in text
 
 
+def test_a_kernel_too_large_for_its_target_is_called_out(llama):
+    kernel = KernelReport("q_k_v_proj_skinny", "q_k_v_proj", "skinny", {}, {"num_warps": 4}, ["decode 64 × 1024"], 200, 0,
+                          288 * 1024, 1, 1.0, "cubins/q_k_v_proj_skinny.cubin")
+    assert "288 KB shared, MORE THAN sm_90 HAS" in explain_program(llama, BuildReport(Path("build"), "sm_90", [kernel]))
+    assert "MORE THAN" not in explain_program(llama, BuildReport(Path("build"), None, []))
+
+
 def test_bytes_of_a_contraction_and_of_attention(llama):
     kernels = {launch.function: launch.kernel for launch in llama.module.launches}
     down = traffic(kernels["down_proj"], Step(1, 1, 512))

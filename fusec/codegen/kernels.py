@@ -18,7 +18,7 @@ import jinja2
 
 from ..ir.graph import Graph, Value
 from ..ir.ops import OPS
-from ..passes.analysis import RUNTIME, axis
+from ..passes.analysis import RUNTIME, axis, cone
 from ..passes.extract import result_name
 from .contraction import Contraction, pieces
 from .expressions import Emitter, Index, Names, Params, coordinates, strip, term
@@ -216,13 +216,16 @@ def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_
                 first, last = segment.start, segment.start + segment.rows
                 inner = [f"if (tl.max(n) >= {first}) & (tl.min(n) < {last}):", *["    " + line for line in tidy(inner)]]
             epilogue += tidy(inner)
+    early: list[str] = []
+    if form == "gemv":  # what the epilogue reads is on its way while the weights stream past
+        early, epilogue = partition(share(epilogue), {f"y{i}" for i in range(parts.leaves)} | set(given.values()))
     if shape.split:
         w.params.pointer("partial", ("scratch", "partial"))
         w.params.pointer("arrivals", ("scratch", "arrivals"))
     signature = define(name, [*w.params.roles, *(["T"] if many else [])], shape.tiles)
     context = {"signature": signature, "comment": comment, "rows": parts.n, "k": parts.k, "masked_n": masked_n,
                "masked_k": masked_k, "weight": weight, "leaves": parts.leaves, "before": before, "lines": tidy(lines, x), "x": x, "operand": operand,
-               "beside": beside, "epilogue": epilogue, "precision": ', input_precision="ieee"' if dtype == "float32" else ""}
+               "beside": beside, "early": early, "epilogue": epilogue, "precision": ', input_precision="ieee"' if dtype == "float32" else ""}
     text = environment().get_template(f"{form}.py.jinja").render(k=context)
     facts = {"rows": parts.n, "k": parts.k, "leaves": parts.leaves, "row_dim": parts.row_dim, "packing": parts.packing(),
              "k_dims": [d.name for d in parts.k_dims], "n_dims": list(axis(parts.anchor)), "weight": parts.weight, "block_n": block_n, "block_k": block_k}
@@ -245,6 +248,33 @@ def define(name: str, params, tiles) -> str:
     return textwrap.fill(text, 120, subsequent_indent=" " * (len(name) + 5), break_long_words=False, break_on_hyphens=False).replace("~", " ")
 
 
+def share(lines: list[str]) -> list[str]:
+    """Straight-line code in which no two lines compute the same."""
+    seen, renamed, kept = {}, {}, []
+    for line in lines:
+        line = re.sub(r"[A-Za-z_]\w*", lambda m: renamed.get(m[0], m[0]), line)
+        name, _, text = line.partition(" = ")
+        if name.isidentifier() and text in seen:
+            renamed[name] = seen[text]
+        else:
+            seen[text] = name
+            kept.append(line)
+    return kept
+
+
+def partition(lines: list[str], late: set[str]) -> tuple[list[str], list[str]]:
+    """(early, late) lines: those that need none of the `late` names, nor what is computed from them, nor store anything."""
+    late, first, rest = set(late), [], []
+    for line in lines:
+        name = line.partition(" = ")[0]
+        if not name.isidentifier() or late & set(re.findall(r"[A-Za-z_]\w*", line.partition(" = ")[2])):
+            late.add(name)
+            rest.append(line)
+        else:
+            first.append(line)
+    return first, rest
+
+
 def tidy(lines: list[str], *read: str) -> list[str]:
     """Lines without indices that nothing reads, folded to the page's width."""
     text = "\n".join([*lines, *read])
@@ -256,13 +286,33 @@ def tidy(lines: list[str], *read: str) -> list[str]:
 
 
 def row_kernel(kernel: Value, name: str, comment, dtype: str) -> Source:
-    """A row kernel: reductions over the row's inner dims level by level, then the stores."""
+    """A row kernel. Results over rows of the same kind form a section; sections share the launch."""
     body = kernel.attrs["body"]
     w = Writer(body, dtype)
-    order = body.walk()
-    reductions = [v for v in order if OPS[v.op].kind == "reduction"]
-    stores = [(number, *piece) for number, output in enumerate(body.outputs) for piece in pieces(output)]
-    rows = list(reductions[-1].dims) if reductions else [next(d for d in stores[0][1].dims if d.name in RUNTIME)]
+    kinds: dict[tuple, list[int]] = {}
+    for number, output in enumerate(body.outputs):
+        kinds.setdefault(row_dims(output), []).append(number)
+    sections = [row_section(w, rows, numbers) for rows, numbers in kinds.items()]
+    context = {"signature": define(name, [*w.params.roles, "T"], ["BLOCK_M", "PDL"]), "comment": comment, "sections": sections}
+    text = environment().get_template("rows.py.jinja").render(k=context)
+    runtime = next(d.name for d in next(iter(kinds)) if d.name in RUNTIME)
+    facts = {"repeats": [s["repeat"] for s in sections], "width": max(s["width"] for s in sections), "row_dim": runtime}
+    return Source(name, "rows", text, w.params.roles, facts)
+
+
+def row_dims(output: Value) -> tuple:
+    """The dims of the rows that a result is computed over: what its reductions leave; without one, the run-time dim."""
+    value = output.inputs[0] if output.op == "cache" else output
+    reductions = [v for v in cone(value, lambda v: v.op == "input") if OPS[v.op].kind == "reduction"]
+    return reductions[-1].dims if reductions else tuple(d for d in value.dims if d.name in RUNTIME)
+
+
+def row_section(w: Writer, rows, numbers: list[int]) -> dict:
+    """One section's lines: reductions over the row's inner dims level by level, then the stores."""
+    body = w.body
+    inside = {v for number in numbers for v in cone(body.outputs[number], lambda v: v.op == "input")}
+    reductions = [v for v in body.walk() if v in inside and OPS[v.op].kind == "reduction"]
+    stores = [(number, *piece) for number in numbers for piece in pieces(body.outputs[number])]
     row_names = {d.name for d in rows}
     runtime, sized = [d for d in rows if d.name in RUNTIME], [d for d in rows if d.name not in RUNTIME]
     repeat = math.prod(d.size for d in sized)
@@ -351,9 +401,7 @@ def row_kernel(kernel: Value, name: str, comment, dtype: str) -> Source:
         else:
             loop(dims, None, emit)
     widest = max(math.prod(d.size for d in dims) for dims in [*by_space, *(inner_dims(v.inputs[0]) for v in reductions)])
-    context = {"signature": define(name, [*w.params.roles, "T"], ["BLOCK_M", "PDL"]), "comment": comment, "repeat": repeat, "lines": tidy(lines)}
-    text = environment().get_template("rows.py.jinja").render(k=context)
-    return Source(name, "rows", text, w.params.roles, {"repeat": repeat, "width": min(widest, ROW_BLOCK), "row_dim": runtime[0].name})
+    return {"lines": tidy(lines), "repeat": repeat, "width": min(widest, ROW_BLOCK)}
 
 
 def row_major_strides(dims, strides) -> bool:

@@ -177,9 +177,10 @@ class Builder:
         block_m = max(1, min(16, 1024 // schedule.padded(f["width"])))
         warps = 8 if f["width"] > 2048 else 4
         source.facts["tiles"] = {"BLOCK_M": block_m, "num_warps": warps}
-        grid = f"(triton.cdiv({COUNTS[f['row_dim']]}{' * ' + str(f['repeat']) if f['repeat'] > 1 else ''}, {block_m}),)"
-        lines = call(source, grid, COUNTS[f["row_dim"]], {"BLOCK_M": block_m}, warps)
-        return [source], lines, [(COUNTS[f["row_dim"]], ("tokens", COUNTS[f["row_dim"]])), *merge(source.roles)]
+        tokens = COUNTS[f["row_dim"]]
+        blocks = [f"triton.cdiv({tokens}{f' * {n}' if n > 1 else ''}, {block_m})" for n in f["repeats"]]
+        grid = f"({' + '.join(blocks)},)"
+        return [source], call(source, grid, tokens, {"BLOCK_M": block_m}, warps), [(tokens, ("tokens", tokens)), *merge(source.roles)]
 
     def attention(self, kernel):
         via = kernel.attrs["body"].outputs[0]

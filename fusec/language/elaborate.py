@@ -245,10 +245,13 @@ class Elaborator(Blocks):
         return self.make("via", *operands, *captured, dtype=result.dtype, dims=result.dims, template=decl.via, body=body,
                          node=node, scope=scope)
 
-    def cache_name(self, scope: Scope) -> str:
-        """A name for one cache: the block's path and a count."""
-        count = self.caches[scope.path] = self.caches.get(scope.path, -1) + 1
-        return f"{scope.path}.cache{count}" if scope.path else f"cache{count}"
+    def cache_name(self, scope: Scope, argument) -> str:
+        """A name for one cache: the block's path and what is kept, as the program calls it."""
+        label = argument.id if isinstance(argument, syntax.Name) else "cache"
+        name = f"{scope.path}.{label}" if scope.path else label
+        count = self.caches[name] = self.caches.get(name, 0) + 1
+        return name if count == 1 else f"{name}{count}"
+
 
     # ---- annotations ------------------------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ def cache(elaborator, primitive, arguments, node, scope):
     if "T" not in value.names:
         raise Problem("FUS021", "dimension mismatch", node.arguments[0].span,
                       f"only a value of each token (with the dim T) can be cached; this has {show_dims(value.dims)}")
-    return elaborator.make("cache", value, name=elaborator.cache_name(scope), node=node, scope=scope)
+    return elaborator.make("cache", value, name=elaborator.cache_name(scope, node.arguments[0]), node=node, scope=scope)
 
 
 def reduction(elaborator, primitive, arguments, node, scope):

@@ -205,6 +205,7 @@ class Fuser:
                 self.wanted.append(inner)
         for root in sorted(roots, key=self.position.__getitem__):
             self.add_root(root)
+        self.merge_rows()
 
     def rows(self, value: Value) -> tuple[str, ...]:
         return tuple(n for n in value.names if n in RUNTIME)
@@ -268,6 +269,21 @@ class Fuser:
         group = Group("rows", None, members, [root], rows)
         self.groups.append(group)
         self.owner[root] = group
+
+    def merge_rows(self):
+        """Row kernels that could run side by side become one launch, each with its own section (q and k, each normed by heads)."""
+        depth, merged = {}, {}
+        for group in [g for g in self.groups if g.kind == "rows"]:
+            reads = {self.owner[i] for v in group.members for i in v.inputs if i in self.owner}
+            level = self.level[group.outputs[0]]
+            depth[group] = max((depth[r] + 1 for r in reads if r in depth and r is not group and self.level[r.outputs[0]] == level), default=0)
+            runtime = tuple(n for n in group.rows if n in RUNTIME)
+            first = merged.setdefault((level, depth[group], runtime), group)
+            if first is not group:
+                first.members |= group.members
+                first.outputs += group.outputs
+                self.owner.update(dict.fromkeys(group.outputs, first))
+                self.groups.remove(group)
 
     # ---- the graph of kernels -----------------------------------------------------------------------------------------------------
 
