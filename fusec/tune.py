@@ -131,9 +131,8 @@ class Tuner:
         for key, function, parts, form, tokens in jobs:
             options = self.render(function, parts, form, tokens)
             prepared.append((key, function, form, tokens, options, [self.pool.submit(warm, self.job(function, o)) for o in options]))
-        for i, (key, function, form, tokens, options, futures) in enumerate(prepared):
-            share = (deadline - time.monotonic()) / (len(prepared) - i)
-            best = self.measure(function, form, tokens, options, futures, time.monotonic() + share)
+        for key, function, form, tokens, options, futures in prepared:
+            best = self.measure(function, form, tokens, options, futures, deadline)
             if best:
                 microseconds, tiles = best
                 rows = table.setdefault(key, [])
@@ -229,10 +228,10 @@ class Tuner:
         reference, ranked = None, []
         state = self.program.arena.clone()  # launches write over one another's inputs
         for option, future in zip(options, futures, strict=True):
-            if time.monotonic() > deadline and ranked:
+            if time.monotonic() > deadline:
                 break
             try:
-                problem = future.result(timeout=max(1.0, deadline - time.monotonic()))
+                problem = future.result(timeout=deadline - time.monotonic())
             except TimeoutError:
                 break
             if problem:

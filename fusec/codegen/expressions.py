@@ -43,17 +43,19 @@ class Emitter:
     """Writes values of one kernel body at one set of coordinates.
 
     coords: dim name -> Index.  given: values that already have a name (a contraction's result, a finished reduction).
-    lines: where statements go.  reuse: how often a value is read, to decide what deserves a name.
+    lines: where statements go.  users: who reads a value, to decide what deserves a name.  policy: a further argument of every load.
     """
 
-    def __init__(self, body, params: Params, coords: dict[str, Index], given: dict[Value, str], lines: list[str], names: "Names", users=None):
+    def __init__(self, body, params: Params, coords: dict[str, Index], given: dict[Value, str], lines: list[str], names: "Names", users=None,
+                 policy: str = ""):
+        self.policy = policy
         self.body, self.params, self.coords, self.lines, self.names = body, params, coords, lines, names
         self.users = users if users is not None else body.users()
         self.known: dict[Value, str] = dict(given)
 
     def at(self, **coords: Index) -> "Emitter":
         """The same kernel at other coordinates (another row, another part of a tile)."""
-        return Emitter(self.body, self.params, self.coords | coords, {}, self.lines, self.names, self.users)
+        return Emitter(self.body, self.params, self.coords | coords, {}, self.lines, self.names, self.users, self.policy)
 
     def write(self, value: Value) -> str:
         """The text of `value`: a name or a short expression. Statements it needs are appended to `lines`."""
@@ -84,7 +86,8 @@ class Emitter:
             return self.write_split(value)
         if op == "gather":
             table, ids = value.inputs
-            row = self.assign(self.names.fresh("row"), f"{self.write(ids)}")
+            text = self.write(ids)
+            row = text if text.isidentifier() else self.assign(self.names.fresh("row"), text)
             masks = tuple(dict.fromkeys(m for d in ids.dims for m in self.coords[d.name].masks))
             return self.at(**{value.attrs["dim"]: Index(row, masks)}).write(table)
         if OPS[op].kind == "elementwise":
@@ -109,7 +112,7 @@ class Emitter:
         pointer = self.params.pointer(value.attrs["name"], ("input", self.body.inputs.index(value)))
         offset, masks = self.address(value)
         mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
-        text = f"tl.load({pointer}{' + ' + offset if offset else ''}{mask})"
+        text = f"tl.load({pointer}{' + ' + offset if offset else ''}{mask}{self.policy})"
         if value.dtype in ("x", "f32", "weak"):
             text += ".to(tl.float32)"
         return self.assign(self.names.fresh(value.attrs["name"]), text)

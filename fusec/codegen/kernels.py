@@ -60,8 +60,8 @@ class Writer:
         self.params, self.names = Params(), Names(RESERVED)
         self.users = body.users()
 
-    def emitter(self, coords, given, lines) -> Emitter:
-        return Emitter(self.body, self.params, coords, given, lines, self.names, self.users)
+    def emitter(self, coords, given, lines, policy="") -> Emitter:
+        return Emitter(self.body, self.params, coords, given, lines, self.names, self.users, policy)
 
     def store(self, text: str, number: int, value: Value, row: str, offset: str, masks, lines):
         """Writes `text` into output `number` at element `offset` of row `row`: a buffer's row, or the token's slot in a cache."""
@@ -160,15 +160,13 @@ def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_
         before.append({"lines": lines, "reductions": rows})
         given[value] = rows[0]["name"]
     lines = []
-    emitter = w.emitter(k_coords(lines), given, lines)
+    coords = k_coords(lines)
+    emitter = w.emitter(coords, given, lines, ', eviction_policy="evict_last"' if many and parts.beside else "")
     cast = {"float32": "tl.float32", "bfloat16": "tl.bfloat16", "float16": "tl.float16"}[dtype]
     if many and parts.x.op == "input":  # loaded as it is, so that it can go from memory to the tensor cores untouched
         pointer = w.params.pointer(parts.x.attrs["name"], ("input", body.inputs.index(parts.x)))
         offset, masks = emitter.address(parts.x)
-        lines.append(f"a = tl.load({pointer} + {offset}, mask={' & '.join(masks)}, other=0, eviction_policy=\"evict_last\")")
-        # A reduction beside the contraction loads x again, from cache: Triton 3.6 miscompiles a tile that both an asynchronous
-        # tensor-core instruction and an elementwise expression read, once two accumulators are in flight. The eviction policy keeps
-        # the two loads apart (and tells the truth: every program reads this x).
+        lines.append(f"a = tl.load({pointer} + {offset}, mask={' & '.join(masks)}, other=0{emitter.policy})")
         x = operand = "a"
     else:
         x = emitter.write(parts.x)
@@ -176,6 +174,11 @@ def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_
         operand = f"{x}.to({cast})"
         if many and masked_k:
             operand = f"tl.where(k_mask, {x}, 0.0).to({cast})"
+    if many:
+        # A reduction beside the contraction loads x again, from cache: Triton 3.6 miscompiles a tile that both an asynchronous
+        # tensor-core instruction and an elementwise expression read, once two accumulators are in flight. The eviction policy keeps the
+        # two loads apart (and tells the truth: every program reads this x).
+        emitter = w.emitter(coords, given, lines)
     beside = reductions(parts.beside, emitter)
     given |= {r["op"]: r["name"] for r in beside}
 

@@ -21,16 +21,16 @@ def select_rows(graph: Graph) -> Graph:
     rows = make("input", name="rows", dtype="int", dims=(N,))
     heads = [v for v in above_last_anchor(graph.outputs, static) if is_anchor(v, static)]
     tops = [operand for head in heads for operand in head.inputs if T in operand.dims] or list(graph.outputs)
-    point = bottleneck(tops, position, static)
-    if point is None:
-        return graph
-    selected: dict[Value, Value] = {point: make("gather", point, rows, dim="T", origin=point.origin)}
+    whole = any(head.op != "contract" for head in heads)  # a template's body sees every token
+    point = None if whole else bottleneck(tops, position, static)
+    points = graph.outputs if point is None else (point,)
+    selected: dict[Value, Value] = {point: make("gather", point, rows, dim="T", origin=point.origin) for point in points}
 
     def select(value: Value) -> Value:
         if T not in value.dims:
             return value
         if value not in selected:
-            if value.op == "input":
+            if value.op in ("input", "get"):
                 selected[value] = make("gather", value, rows, dim="T", origin=value.origin)
             else:
                 selected[value] = replace(value, inputs=tuple(map(select, value.inputs)), dims=tuple(N if d == T else d for d in value.dims))
