@@ -1,8 +1,8 @@
 """From a `.fuse` program and a config to a module: the driver that runs the front end, the passes and code generation in order.
 
-    compiled = compile("examples/llama.fuse", config)         # pure: no GPU, no checkpoint, no torch
-    compiled.module.kernels_py, compiled.module.program_py     # the two generated files
-    compiled.stages                                            # (pass name, graph) for --print-after
+compiled = compile("examples/llama.fuse", config)         # pure: no GPU, no checkpoint, no torch
+compiled.module.kernels_py, compiled.module.program_py     # the two generated files
+compiled.stages                                            # (pass name, graph) for --print-after
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass
 class Compiled:
-    """A compiled program.  config: the keys of config.json it was compiled for (None: the program's own defaults).  graph: of kernels (triton) or primitives (torch).  stages: the graph after each pass, if they were kept.
-    module: the generated source (triton backend only).  seconds: time by phase."""
+    """A compiled program.
+
+    config: the keys of config.json it was compiled for (None: the program's own defaults).  graph: of kernels (triton) or primitives
+    (torch).  stages: the graph after each pass, if they were kept.  module: the generated source (triton backend only).
+    seconds: time by phase.
+    """
 
     source: Path | str
     config: dict | None
@@ -36,13 +40,20 @@ class Compiled:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def compile(source=None, config: dict | None = None, *, dtype: str = "bfloat16", backend: str = "triton", keep_stages: bool = False,
-            verify: bool = False) -> Compiled:
+def compile(
+    source=None,
+    config: dict | None = None,
+    *,
+    dtype: str = "bfloat16",
+    backend: str = "triton",
+    keep_stages: bool = False,
+    verify: bool = False,
+) -> Compiled:
     """Compiles a program.
 
     source: path or text of a `.fuse` program; None finds the example for `config["architectures"][0]`.  config: the keys of a
-    config.json; None: the program's own defaults.  dtype: what "x" means: bfloat16, float16 or float32.  backend: "triton" writes kernels;
-    "torch" stops at the graph that torch evaluates.  verify: check the graph between passes.
+    config.json; None: the program's own defaults.  dtype: what "x" means: bfloat16, float16 or float32.  backend: "triton"
+    writes kernels; "torch" stops at the graph that torch evaluates.  verify: check the graph between passes.
     Raises DiagnosticError for mistakes in the program, UserError for the rest.
     """
     if dtype not in DTYPES:
@@ -67,7 +78,9 @@ def compile(source=None, config: dict | None = None, *, dtype: str = "bfloat16",
     module = None
     if backend == "triton":
         clock = time.perf_counter()
-        module = build(graph, dtype=dtype, source_lines=SourceLines(source), title=Path(source).name if isinstance(source, Path) else "")
+        module = build(
+            graph, dtype=dtype, source_lines=SourceLines(source), title=Path(source).name if isinstance(source, Path) else ""
+        )
         seconds["codegen"] = time.perf_counter() - clock
     return Compiled(source, config, graph, dtype, module, stages, seconds)
 
@@ -91,7 +104,7 @@ class SourceLines:
         for value in values:
             for inner in [value, *(value.attrs["body"].walk() if value.op == "via" else [])]:
                 origin = inner.origin
-                if origin.line:
+                if origin.line and inner.op != "const":  # a literal is shared by all who use it
                     seen[(origin.file, origin.line)] = None
         lines = []
         for file, line in sorted(seen):

@@ -4,8 +4,8 @@
 class UserError(Exception):
     """A mistake in a user's input or files, told without a traceback.
 
-    title: one line, no trailing period.  expected / found: the two facts that disagree.  hint: what to do next, ideally a command.
-    exit_code: the process exit status (1 failed, 2 usage, 3 diagnostics in the source, 4 verification mismatch,
+    title: one line, no trailing period.  expected / found: the two facts that disagree.  hint: what to do next, ideally a
+    command. exit_code: the process exit status (1 failed, 2 usage, 3 diagnostics in the source, 4 verification mismatch,
     5 no device or not enough memory).
     """
 

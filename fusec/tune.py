@@ -1,7 +1,8 @@
-"""fusec tune: measures tiles of every contraction of a model on this GPU and writes them to the table that ships with the project.
+"""fusec tune: measures tiles of every contraction of a model on this GPU and writes them to the table that ships with the
+project.
 
-Each candidate is launched as the model would: the same kernel over all layers' weights, one CUDA graph, dependent launch. It is timed only
-if its results agree with those of the cost rule's tiles. Candidates are compiled in parallel processes first.
+Each candidate is launched as the model would: the same kernel over all layers' weights, one CUDA graph, dependent launch. It
+is timed only if its results agree with those of the cost rule's tiles. Candidates are compiled in parallel processes first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from fusec.codegen import schedule
 from fusec.codegen.contraction import Contraction
-from fusec.codegen.kernels import contraction
+from fusec.codegen.contraction_kernel import contraction
 
 HEADER = """import triton
 import triton.language as tl
@@ -57,7 +58,14 @@ def candidates(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens:
         for n, bk, splits, warps, stages in itertools.product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (4, 8), (3, 4)):
             shared = stages * (n * leaves + tokens) * bk * itemsize  # and as much again of x where a reduction runs beside
             programs = -(-rows // n) * splits
-            if k % (bk * splits) or shared > 200_000 or programs > 1100 or not 32 <= n * leaves <= 128 or warps == 8 and n * leaves < 64:
+            if (
+                k % (bk * splits)
+                or shared > 200_000
+                or programs > 1100
+                or not 32 <= n * leaves <= 128
+                or warps == 8
+                and n * leaves < 64
+            ):
                 continue
             if bk == 64 and not small and k % 128 == 0 or splits > 1 and programs > 600 or programs < 100 and not small:
                 continue
@@ -130,7 +138,9 @@ class Tuner:
         prepared = []
         for key, function, parts, form, tokens in jobs:
             options = self.render(function, parts, form, tokens)
-            prepared.append((key, function, form, tokens, options, [self.pool.submit(warm, self.job(function, o)) for o in options]))
+            prepared.append(
+                (key, function, form, tokens, options, [self.pool.submit(warm, self.job(function, o)) for o in options])
+            )
         for key, function, form, tokens, options, futures in prepared:
             best = self.measure(function, form, tokens, options, futures, deadline)
             if best:
@@ -150,7 +160,9 @@ class Tuner:
             masks = (bool(parts.k % (tiles.block_k * splits)), bool(parts.n % tiles.block_n))
             if masks not in files:
                 name = f"{function.name}_{form}"
-                source = contraction(function.kernel, name, form, [], self.module.dtype, tiles.block_n, tiles.block_k, parts, splits)
+                source = contraction(
+                    function.kernel, name, form, [], self.module.dtype, tiles.block_n, tiles.block_k, parts, splits
+                )
                 path = self.folder / f"{name}_{tokens}_{masks[0]:d}{masks[1]:d}.py"
                 path.write_text(HEADER + source.text)
                 files[masks] = (str(path), name)
@@ -178,8 +190,16 @@ class Tuner:
             self._batches = {}
         if tokens not in self._batches:
             self._batches[tokens] = Batch(
-                ids=make(tokens), positions=make(tokens), slots=make(tokens).long(), query_starts=make(tokens + 1),
-                context_lens=make(tokens) * 0 + 1, block_tables=make(tokens)[:, None], rows=make(tokens), max_query=1, max_context=1024)
+                ids=make(tokens),
+                positions=make(tokens),
+                slots=make(tokens).long(),
+                query_starts=make(tokens + 1),
+                context_lens=make(tokens) * 0 + 1,
+                block_tables=make(tokens)[:, None],
+                rows=make(tokens),
+                max_query=1,
+                max_context=1024,
+            )
         return self._batches[tokens]
 
     def values(self, function, launch, batch) -> dict:
@@ -192,7 +212,9 @@ class Tuner:
         if getattr(self, "_logits", None) is None or self._logits.shape[0] < tokens:
             self._logits = torch.empty(tokens, vocab, dtype=torch.float32, device=p.device)
         scope = {"m": p, "w": p.weights, "c": p.caches, "b": batch, "T": tokens, "N": tokens, "logits": self._logits[:tokens]}
-        return {name: eval(text, scope) for name, text in zip(function.params, launch.arguments, strict=True)}  # our own generated text
+        return {
+            name: eval(text, scope) for name, text in zip(function.params, launch.arguments, strict=True)
+        }  # our own generated text
 
     def call(self, function, option: Candidate, launch, batch):
         values = self.values(function, launch, batch)
@@ -200,12 +222,21 @@ class Tuner:
         tokens, t = batch.ids.shape[0], option.tiles
         rows = source.facts["rows"]
         blocks = -(-rows // t.block_n)
-        grid = {"gemv": lambda: (blocks,), "skinny": lambda: (-(-tokens // t.block_m) * blocks, t.splits),
-                "matmul": lambda: (-(-tokens // t.block_m) * blocks,)}[option.form]()
+        grid = {
+            "gemv": lambda: (blocks,),
+            "skinny": lambda: (-(-tokens // t.block_m) * blocks, t.splits),
+            "matmul": lambda: (-(-tokens // t.block_m) * blocks,),
+        }[option.form]()
         kernel = getattr(load_kernels(option.path), option.name)
         arguments = [values[p.removesuffix("_ptr")] for p in source.roles]
-        kernel[grid](*arguments, *([tokens] if option.form != "gemv" else []), **constants(option.form, t), PDL=True, num_warps=t.num_warps,
-                     launch_pdl=True)
+        kernel[grid](
+            *arguments,
+            *([tokens] if option.form != "gemv" else []),
+            **constants(option.form, t),
+            PDL=True,
+            num_warps=t.num_warps,
+            launch_pdl=True,
+        )
         return [values[p.removesuffix("_ptr")] for p, role in source.roles.items() if role[0] == "output"]
 
     def measure(self, function, form, tokens, options, futures, deadline):

@@ -1,8 +1,8 @@
 """The compiled program, ready to run: on a GPU the generated Triton, elsewhere the same graph in torch.
 
-    program = load_program(checkpoint, dtype="bfloat16", device="cuda")
-    program.allocate_cache(num_blocks=1024, block_size=16)
-    logits = program.forward(batch)          # float32 [R, V]
+program = load_program(checkpoint, dtype="bfloat16", device="cuda")
+program.allocate_cache(num_blocks=1024, block_size=16)
+logits = program.forward(batch)          # float32 [R, V]
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from fusec.runtime.batch import Batch
 
 
 class Program(Protocol):
-    """What the engine drives.  cache_bytes_per_token: over all layers.  supports_graphs: `forward` may be captured in a CUDA graph."""
+    """What the engine drives.  cache_bytes_per_token: over all layers.  supports_graphs: `forward` may be captured in a CUDA
+    graph."""
 
     device: torch.device
     dtype: torch.dtype
@@ -31,12 +32,22 @@ class Program(Protocol):
     def forward(self, batch: Batch) -> torch.Tensor: ...
 
 
-def load_program(model, *, source=None, dtype="auto", device="auto", load_format="auto", seed=0, max_model_len=None, max_tokens=8192,
-                 progress=None) -> Program:
+def load_program(
+    model,
+    *,
+    source=None,
+    dtype="auto",
+    device="auto",
+    load_format="auto",
+    seed=0,
+    max_model_len=None,
+    max_tokens=8192,
+    progress=None,
+) -> Program:
     """Compiles the program for a checkpoint (or a config, for random weights) and loads its weights.
 
-    model: a Checkpoint, or a dict of config.json's keys with load_format="random".  source: a `.fuse` path; None: found by architecture.
-    dtype, device: "auto" takes bfloat16 on a GPU, float32 on a CPU.  max_tokens: most tokens of one step.
+    model: a Checkpoint, or a dict of config.json's keys with load_format="random".  source: a `.fuse` path; None: found by
+    architecture. dtype, device: "auto" takes bfloat16 on a GPU, float32 on a CPU.  max_tokens: most tokens of one step.
     progress(done, total): called while weights load.  Raises UserError, DiagnosticError, DeviceError.
     """
     device = pick_device(device)
@@ -48,7 +59,11 @@ def load_program(model, *, source=None, dtype="auto", device="auto", load_format
     from fusec.runtime.weights import Loader, RandomWeights
 
     torch_dtype = getattr(torch, name)
-    loader = RandomWeights(seed, torch_dtype, device) if load_format == "random" or isinstance(model, dict) else Loader(model, torch_dtype, device)
+    loader = (
+        RandomWeights(seed, torch_dtype, device)
+        if load_format == "random" or isinstance(model, dict)
+        else Loader(model, torch_dtype, device)
+    )
     if device.type == "cuda":
         from fusec.runtime.triton_program import TritonProgram
 
@@ -67,7 +82,12 @@ def pick_device(device) -> torch.device:
         raise UsageError("unknown device", expected="auto, cpu, cuda or cuda:N", found=str(device)) from None
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
         found = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no CUDA device (fusec doctor says more)"
-        raise DeviceError(f"{chosen} is not there", expected="an NVIDIA GPU that torch can use", found=found, hint="run on the CPU: --device cpu")
+        raise DeviceError(
+            f"{chosen} is not there",
+            expected="an NVIDIA GPU that torch can use",
+            found=found,
+            hint="run on the CPU: --device cpu",
+        )
     if chosen.type not in ("cpu", "cuda"):
         raise UsageError("unsupported device", expected="cpu or cuda", found=str(device))
     return chosen
@@ -90,7 +110,7 @@ def check_coverage(compiled: Compiled, checkpoint) -> None:
 
     graph = compiled.stages[0][1] if compiled.stages else compiled.graph
     problems = check_checkpoint(graph, {key: tuple(checkpoint.shape(key)) for key in checkpoint.keys()})
-    errors = [p for p in problems if getattr(p, "severity", "error") == "error"]
+    errors = [p for p in problems if p.level == "error"]
     if errors:
         raise DiagnosticError(errors)
 
@@ -99,7 +119,9 @@ def cache_sizes(compiled: Compiled) -> dict[str, tuple[int, ...]]:
     """cache name -> sizes of one token's row."""
     if compiled.module is not None:
         return dict(compiled.module.caches)
-    return {v.attrs["name"]: tuple(d.size for d in v.dims if d.size is not None) for v in compiled.graph.walk() if v.op == "cache"}
+    return {
+        v.attrs["name"]: tuple(d.size for d in v.dims if d.size is not None) for v in compiled.graph.walk() if v.op == "cache"
+    }
 
 
 def cache_bytes(compiled: Compiled, dtype: torch.dtype) -> int:

@@ -19,11 +19,14 @@ from fusec.runtime.weights import Loader, prepare
 
 
 class TritonProgram:
-    """See Program. Generated code finds here what it names: `weights`, `caches`, buffers as attributes, `block_size`, `scratch`."""
+    """See Program. Generated code finds here what it names: `weights`, `caches`, buffers as attributes, `block_size`,
+    `scratch`."""
 
     supports_graphs = True
 
-    def __init__(self, compiled: Compiled, loader: Loader, dtype: torch.dtype, device: torch.device, *, max_tokens: int, progress=None):
+    def __init__(
+        self, compiled: Compiled, loader: Loader, dtype: torch.dtype, device: torch.device, *, max_tokens: int, progress=None
+    ):
         module = compiled.module
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -43,7 +46,7 @@ class TritonProgram:
                 progress(i + 1, len(module.weights))
         self.arena = torch.empty(compiled.graph.attrs["arena"] * self.max_tokens, dtype=torch.uint8, device=device)
         for name, (offset, numel, kind) in module.buffers.items():
-            view = self.arena[offset * self.max_tokens:].view(getattr(torch, kind))[:numel * self.max_tokens]
+            view = self.arena[offset * self.max_tokens :].view(getattr(torch, kind))[: numel * self.max_tokens]
             setattr(self, name, view.view(self.max_tokens, numel))
         self.partial = torch.empty(module.partial, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(module.arrivals, dtype=torch.int32, device=device)
@@ -52,8 +55,10 @@ class TritonProgram:
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
-        self.caches = {name: torch.zeros(num_blocks, block_size, *sizes, dtype=self.dtype, device=self.device)
-                       for name, sizes in cache_sizes(self.compiled).items()}
+        self.caches = {
+            name: torch.zeros(num_blocks, block_size, *sizes, dtype=self.dtype, device=self.device)
+            for name, sizes in cache_sizes(self.compiled).items()
+        }
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:

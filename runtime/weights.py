@@ -1,7 +1,9 @@
 """Weights as the compiled program wants them: read from the checkpoint, combined, packed, on the device.
 
-A module names each tensor it needs by the graph that computes it from checkpoint tensors (merged projections, folded norm weights,
-tables of frequencies). That graph runs once, here, on the device; contraction weights are then packed row by row as their kernel reads them.
+A module names each tensor it needs by the graph that computes it from checkpoint tensors (merged projections, folded norm
+weights,
+tables of frequencies). That graph runs once, here, on the device; contraction weights are then packed row by row as their
+kernel reads them.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class Loader:
     def storage(self, key: str, shape) -> torch.Tensor:
         tensor = self.checkpoint.load(key, self.dtype)
         if tuple(tensor.shape) != tuple(shape):
-            raise UserError(f"{key} has another shape than the program gives it", expected=str(tuple(shape)), found=str(tuple(tensor.shape)))
+            raise UserError(
+                f"{key} has another shape than the program gives it", expected=str(tuple(shape)), found=str(tuple(tensor.shape))
+            )
         tensor = tensor.to(self.device)
         check_finite(tensor, key, self.checkpoint.name)
         return tensor
@@ -76,7 +80,7 @@ def pack(tensor: torch.Tensor, value: Value, packing: dict) -> torch.Tensor:
     """[LEAVES, ROWS, K] from a matrix with axes `value.dims` (see codegen.contraction)."""
     names = list(value.names)
     tensor = tensor.permute([names.index(n) for n in (*packing["n_dims"], *packing["k_dims"])])
-    matrix = tensor.reshape(math.prod(tensor.shape[:len(packing["n_dims"])]), packing["k"])
+    matrix = tensor.reshape(math.prod(tensor.shape[: len(packing["n_dims"])]), packing["k"])
     packed = matrix.new_zeros(packing["leaves"], packing["rows"], packing["k"])
     for leaf, column in enumerate(packing["packing"]):
         row = 0
@@ -84,8 +88,8 @@ def pack(tensor: torch.Tensor, value: Value, packing: dict) -> torch.Tensor:
             flat = torch.zeros((), dtype=torch.int64, device=tensor.device)
             for size, stride in zip(sizes, strides, strict=True):
                 flat = flat[..., None] + torch.arange(size, device=tensor.device) * stride
-            chosen = flat.reshape(-1)[first:first + count] + offset
-            packed[leaf, row:row + len(chosen)] = matrix[chosen]
+            chosen = flat.reshape(-1)[first : first + count] + offset
+            packed[leaf, row : row + len(chosen)] = matrix[chosen]
             row += count
     return packed
 

@@ -2,8 +2,8 @@
 
     out = Σ_S softmax_S(where(mask, score(q·k), -inf)) · v
 
-`score` and `mask` may be any elementwise expressions of the product and of the two positions: their lines are spliced into the template.
-A body of another shape is refused with the reason, and nothing is silently computed another way.
+`score` and `mask` may be any elementwise expressions of the product and of the two positions: their lines are spliced into
+the template. A body of another shape is refused with the reason, and nothing is silently computed another way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Unmatched(Exception):
 
 @dataclass
 class Attention:
-    """What the templates need. q, k, v: numbers of the body's inputs.  G, R, K, J: kv heads, query heads per kv head, head sizes."""
+    """What the templates need. q, k, v: numbers of the body's inputs.  G, R, K, J: kv heads, query heads per kv head, head
+    sizes."""
 
     q: int
     k: int
@@ -64,17 +65,35 @@ def match(body: Graph) -> Attention:
     v = uncast(v)
     groups = [d for d in k.dims if d.name in q.names and d.name not in product.attrs["over"]]
     heads = [d for d in q.dims if d.name not in k.names and d.name != "T"]
-    inner, value_dims = [d for d in q.dims if d.name in product.attrs["over"]], [d for d in v.dims if d.name != "S" and d not in groups]
+    inner, value_dims = (
+        [d for d in q.dims if d.name in product.attrs["over"]],
+        [d for d in v.dims if d.name != "S" and d not in groups],
+    )
     names = [d.name for d in groups]
-    orders = {"queries": (q, ["T", *names, *(d.name for d in heads), *(d.name for d in inner)]),
-              "keys": (k, ["S", *names, *(d.name for d in inner)]), "values": (v, ["S", *names, *(d.name for d in value_dims)])}
+    orders = {
+        "queries": (q, ["T", *names, *(d.name for d in heads), *(d.name for d in inner)]),
+        "keys": (k, ["S", *names, *(d.name for d in inner)]),
+        "values": (v, ["S", *names, *(d.name for d in value_dims)]),
+    }
     for role, (value, order) in orders.items():
         if list(value.names) != order:
             raise Unmatched(f"the {role} have the dims {', '.join(value.names)}; the template reads {', '.join(order)}")
     lines, keep, first, causal, dense = splice(body, product, score, mask)
     size = lambda dims: math.prod(d.size for d in dims)  # noqa: E731
-    return Attention(body.inputs.index(q), body.inputs.index(k), body.inputs.index(v), size(groups), size(heads), size(inner), size(value_dims),
-                     lines, keep, first, causal, dense)
+    return Attention(
+        body.inputs.index(q),
+        body.inputs.index(k),
+        body.inputs.index(v),
+        size(groups),
+        size(heads),
+        size(inner),
+        size(value_dims),
+        lines,
+        keep,
+        first,
+        causal,
+        dense,
+    )
 
 
 def uncast(value: Value) -> Value:
@@ -144,7 +163,9 @@ def conjuncts(mask: Value) -> list[Value]:
 def is_causal(condition, position) -> bool:
     """k <= q, or q >= k."""
     a, b = condition.inputs if len(condition.inputs) == 2 else (None, None)
-    return condition.op == "le" and a.op == "index" and b in position or condition.op == "ge" and b.op == "index" and a in position
+    return (
+        condition.op == "le" and a.op == "index" and b in position or condition.op == "ge" and b.op == "index" and a in position
+    )
 
 
 def lower_bound(condition, position):

@@ -42,8 +42,19 @@ def padded(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def decode_launch(batch: int, max_context: int, *, G: int, R: int, K: int, J: int, page: int, itemsize: int = 2,
-                  multiprocessors: int = 132, pdl: bool = False) -> Launch:
+def decode_launch(
+    batch: int,
+    max_context: int,
+    *,
+    G: int,
+    R: int,
+    K: int,
+    J: int,
+    page: int,
+    itemsize: int = 2,
+    multiprocessors: int = 132,
+    pdl: bool = False,
+) -> Launch:
     """The launch of the decode kernel for `batch` sequences (padding rows included) of at most `max_context` tokens.
 
     Splits are fixed here, for a captured graph; each sequence's share of them is computed on the device from its own length.
@@ -64,8 +75,20 @@ def decode_launch(batch: int, max_context: int, *, G: int, R: int, K: int, J: in
     num_warps = num_warps if wide == 1 else 4 if R <= 32 else 8
     chunk = block_n if pairs <= multiprocessors else 2048 if pairs <= 4 * multiprocessors else 4096
     splits = min(splits, 64, padded(-(-max_context // chunk)))
-    constants = dict(G=G, R=R, K=K, J=J, PAGE=page, BLOCK_R=max(16, padded(R)), BLOCK_K=padded(K), BLOCK_J=padded(J),
-                     BLOCK_N=block_n, SPLITS=splits, CHUNK=chunk, PDL=pdl)
+    constants = dict(
+        G=G,
+        R=R,
+        K=K,
+        J=J,
+        PAGE=page,
+        BLOCK_R=max(16, padded(R)),
+        BLOCK_K=padded(K),
+        BLOCK_J=padded(J),
+        BLOCK_N=block_n,
+        SPLITS=splits,
+        CHUNK=chunk,
+        PDL=pdl,
+    )
     return Launch((G, batch, splits), constants, num_warps, num_stages)
 
 
@@ -76,12 +99,16 @@ def decode_scratch(launch: Launch) -> dict[str, tuple[tuple[int, ...], str]]:
     """
     G, batch, splits = launch.grid
     R, J = launch.constants["R"], launch.constants["J"]
-    return {"partial": ((batch, G, splits, R, J), "float32"), "lse": ((batch, G, splits, R), "float32"),
-            "arrivals": ((batch, G), "int32")}
+    return {
+        "partial": ((batch, G, splits, R, J), "float32"),
+        "lse": ((batch, G, splits, R), "float32"),
+        "arrivals": ((batch, G), "int32"),
+    }
 
 
-def prefill_launch(batch: int, max_query: int, *, G: int, R: int, K: int, J: int, page: int, itemsize: int = 2,
-                   pdl: bool = False) -> Launch:
+def prefill_launch(
+    batch: int, max_query: int, *, G: int, R: int, K: int, J: int, page: int, itemsize: int = 2, pdl: bool = False
+) -> Launch:
     """The launch of the prefill kernel for `batch` sequences of at most `max_query` query tokens each.
 
     Two programs a multiprocessor, at 128 registers a thread, hide each other's softmax: measured faster on an H200 than one
@@ -91,7 +118,13 @@ def prefill_launch(batch: int, max_query: int, *, G: int, R: int, K: int, J: int
     block_m = max(16, padded(R), min(128 if row <= 512 else 64, padded(max_query * R)))
     block_n = 64 if row <= 256 else 32 if row <= 512 else 16
     large, narrow = block_m == 128, row <= 256
-    constants = dict(G=G, R=R, K=K, J=J, PAGE=page, BLOCK_M=block_m, BLOCK_K=padded(K), BLOCK_J=padded(J), BLOCK_N=block_n,
-                     PDL=pdl)
-    return Launch((G, batch, -(-max_query // (block_m // R))), constants, num_warps=8 if large else 4,
-                  num_stages=2 if large and narrow else 3, maxnreg=128 if large and narrow else None)
+    constants = dict(
+        G=G, R=R, K=K, J=J, PAGE=page, BLOCK_M=block_m, BLOCK_K=padded(K), BLOCK_J=padded(J), BLOCK_N=block_n, PDL=pdl
+    )
+    return Launch(
+        (G, batch, -(-max_query // (block_m // R))),
+        constants,
+        num_warps=8 if large else 4,
+        num_stages=2 if large and narrow else 3,
+        maxnreg=128 if large and narrow else None,
+    )

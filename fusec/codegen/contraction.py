@@ -1,8 +1,9 @@
 """A contraction kernel, taken apart for the templates: packed weight, prologue, side reductions, epilogue.
 
-A kernel body holds one contraction `x[rows, K…] @ w[K…, N…]` and an epilogue over components of its result. The epilogue reads the
-result through *leaves*, affine views of the flat N axis (gate and up; the halves of q that rope turns). Leaves read together form a
-*segment* with its own index space; its outputs are stored at affine addresses. All segments of a kernel are one launch:
+A kernel body holds one contraction `x[rows, K…] @ w[K…, N…]` and an epilogue over components of its result. The epilogue
+reads the
+result through *leaves*, affine views of the flat N axis (gate and up; the halves of q that rope turns). Leaves read together
+form a *segment* with its own index space; its outputs are stored at affine addresses. All segments of a kernel are one launch:
 
     the weight is packed, when the model is loaded, as [LEAVES, ROWS, K]: row n of each leaf side by side, segment after segment.
 
@@ -50,9 +51,10 @@ class Segment:
 class Contraction:
     """The parts of a contraction kernel's body.
 
-    anchor: the contraction.  x: its moving operand, an expression over the body's inputs.  weight: the index of the body input that
-    holds the matrix.  k_dims: the contracted dims in x's order.  rows: the run-time dim.  leaves, n: LEAVES and ROWS of the packed weight.
-    before: reductions that x itself needs.  beside: reductions that only the epilogue needs.
+    anchor: the contraction.  x: its moving operand, an expression over the body's inputs.  weight: the index of the body
+    input that
+    holds the matrix.  k_dims: the contracted dims in x's order.  rows: the run-time dim.  leaves, n: LEAVES and ROWS of the
+    packed weight. before: reductions that x itself needs.  beside: reductions that only the epilogue needs.
     """
 
     def __init__(self, body: Graph):
@@ -91,8 +93,15 @@ class Contraction:
         segments: list[Segment] = []
         for number, output in enumerate(self.body.outputs):
             for value, strides, offset in pieces(output):
-                leaves = [v for v in cone(value, lambda v: v not in after) if v in after and v.op in ("contract", "split")
-                          and not any(u.op == "split" and u in cone(value, lambda w: w not in after) for u in self.body.users().get(v, ()))]
+                leaves = [
+                    v
+                    for v in cone(value, lambda v: v not in after)
+                    if v in after
+                    and v.op in ("contract", "split")
+                    and not any(
+                        u.op == "split" and u in cone(value, lambda w: w not in after) for u in self.body.users().get(v, ())
+                    )
+                ]
                 piece = Piece(value, number, strides, offset)
                 shared = [s for s in segments if any(leaf in s.leaves for leaf in leaves)]
                 if shared:
@@ -120,7 +129,8 @@ class Contraction:
         return offset, [strides[d.name] for d in dims]
 
     def packing(self) -> list[list[tuple]]:
-        """Per leaf slot, per segment: (offset, strides, sizes, first, count): which rows of the flat N axis stand in the packed weight.
+        """Per leaf slot, per segment: (offset, strides, sizes, first, count): which rows of the flat N axis stand in the
+        packed weight.
 
         Row `first + i` of the leaf's index space (row-major over `sizes`) stands at packed row `segment.start + i`.
         """

@@ -1,7 +1,9 @@
 """Expressions of the graph as lines of Triton.
 
-Inside a kernel arithmetic is float32 (integers and booleans stay what they are): values are widened as they are loaded and rounded as
-they are stored. An `Emitter` writes the expression of a value at given *coordinates*: for each dim, the text of an index and the side
+Inside a kernel arithmetic is float32 (integers and booleans stay what they are): values are widened as they are loaded and
+rounded as
+they are stored. An `Emitter` writes the expression of a value at given *coordinates*: for each dim, the text of an index and
+the side
 of the tile on which it runs. Templates own the tiling; everything between a load and a store is written here, from the op table.
 """
 
@@ -25,35 +27,47 @@ class Index:
 
 
 class Params:
-    """The pointers a kernel takes, in order of first use. `roles` says what each one is: ("input", i), ("output", i), ("slots",)…"""
+    """The pointers a kernel takes, in order of first use. `roles` says what each one is: ("input", i), ("output", i),
+    ("slots",)…"""
 
     def __init__(self):
         self.roles: dict[str, tuple] = {}
 
     def pointer(self, name: str, role: tuple) -> str:
-        name = f"{name}_ptr"
-        while self.roles.get(name, role) != role:
-            name = f"{name[:-4]}_ptr" if not name[:-4].endswith("_out") else f"{name[:-4]}_2_ptr"
-            name = name[:-4] + "_out_ptr"
-        self.roles[name] = role
-        return name
+        """The parameter that plays `role`, called after `name`."""
+        label, n = f"{name}_ptr", 1
+        while self.roles.get(label, role) != role:
+            n += 1
+            label = f"{name}_{n}_ptr"
+        self.roles[label] = role
+        return label
 
 
 class Emitter:
     """Writes values of one kernel body at one set of coordinates.
 
     coords: dim name -> Index.  given: values that already have a name (a contraction's result, a finished reduction).
-    lines: where statements go.  users: who reads a value, to decide what deserves a name.  policy: a further argument of every load.
+    lines: where statements go.  users: who reads a value, to decide what deserves a name.  policy: a further argument of
+    every load.
     """
 
-    def __init__(self, body, params: Params, coords: dict[str, Index], given: dict[Value, str], lines: list[str], names: "Names", users=None,
-                 policy: str = ""):
+    def __init__(
+        self,
+        body,
+        params: Params,
+        coords: dict[str, Index],
+        given: dict[Value, str],
+        lines: list[str],
+        names: Names,
+        users=None,
+        policy: str = "",
+    ):
         self.policy = policy
         self.body, self.params, self.coords, self.lines, self.names = body, params, coords, lines, names
         self.users = users if users is not None else body.users()
         self.known: dict[Value, str] = dict(given)
 
-    def at(self, **coords: Index) -> "Emitter":
+    def at(self, **coords: Index) -> Emitter:
         """The same kernel at other coordinates (another row, another part of a tile)."""
         return Emitter(self.body, self.params, self.coords | coords, {}, self.lines, self.names, self.users, self.policy)
 
@@ -62,7 +76,11 @@ class Emitter:
         if value in self.known:
             return self.known[value]
         text = self.expression(value)
-        if value.op not in ("const", "index") and not text.isidentifier() and (len(self.users.get(value, ())) > 1 or len(text) > WIDTH):
+        if (
+            value.op not in ("const", "index")
+            and not text.isidentifier()
+            and (len(self.users.get(value, ())) > 1 or len(text) > WIDTH)
+        ):
             text = self.assign(self.names.of(value), text)
         self.known[value] = text
         return text
@@ -93,8 +111,10 @@ class Emitter:
         if OPS[op].kind == "elementwise":
             operands = [self.write(i) for i in value.inputs]
             if op in ("add", "sub", "mul", "div", "maximum", "minimum", "pow"):  # an integer operand of a real result
-                operands = [f"{t}.to(tl.float32)" if i.dtype == "int" and i.op != "const" and value.dtype in ("x", "f32") else t
-                            for t, i in zip(operands, value.inputs, strict=True)]
+                operands = [
+                    f"{t}.to(tl.float32)" if i.dtype == "int" and i.op != "const" and value.dtype in ("x", "f32") else t
+                    for t, i in zip(operands, value.inputs, strict=True)
+                ]
             text = OPS[op].triton.format(*operands)
             return f"({text})" if op in INFIX or op == "neg" else text
         raise NotImplementedError(f"{op} has no place in an expression of {self.body.name}")
@@ -105,7 +125,9 @@ class Emitter:
         terms = [term(self.coords[name].text, stride) for name, stride in zip(a["into"], a["strides"], strict=True)]
         terms += [str(a["offset"])] if a["offset"] or not terms else []
         masks = tuple(dict.fromkeys(m for name in a["into"] for m in self.coords[name].masks))
-        return self.at(**{a["dim"]: Index(f"({' + '.join(terms)})" if len(terms) > 1 else terms[0], masks)}).write(value.inputs[0])
+        return self.at(**{a["dim"]: Index(f"({' + '.join(terms)})" if len(terms) > 1 else terms[0], masks)}).write(
+            value.inputs[0]
+        )
 
     def load(self, value: Value) -> str:
         """A stored value at the current coordinates; rows are contiguous, in the order of its dims."""
@@ -128,7 +150,7 @@ class Emitter:
             if at is not None and len(group) > 1:
                 terms.append((at, term(flat.text[1], strides[at + len(group) - 1])))
                 masks += flat.masks
-                names[at:at + len(group)] = [None] * len(group)
+                names[at : at + len(group)] = [None] * len(group)
         for i, name in enumerate(names):
             if name is not None:
                 index = self.coords[name]
@@ -154,11 +176,13 @@ class Names:
         return name
 
     def of(self, value: Value) -> str:
-        return self.fresh(value.op if value.op not in INFIX and value.op not in ("cast", "where", "neg", "join", "split") else "v")
+        return self.fresh(
+            value.op if value.op not in INFIX and value.op not in ("cast", "where", "neg", "join", "split") else "v"
+        )
 
 
 def find(names, group) -> int | None:
-    return next((i for i in range(len(names) - len(group) + 1) if tuple(names[i:i + len(group)]) == tuple(group)), None)
+    return next((i for i in range(len(names) - len(group) + 1) if tuple(names[i : i + len(group)]) == tuple(group)), None)
 
 
 def term(text: str, stride) -> str:

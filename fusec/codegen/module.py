@@ -1,6 +1,8 @@
-"""The build of a model: `kernels.py` (every kernel, readable), `program.py` (the launch sequence), and what the runtime must provide.
+"""The build of a model: `kernels.py` (every kernel, readable), `program.py` (the launch sequence), and what the runtime must
+provide.
 
-Kernels of like layers have the same text and become one function. `program.py` holds one function a kernel, which picks the form and
+Kernels of like layers have the same text and become one function. `program.py` holds one function a kernel, which picks the
+form and
 the tiles by the number of tokens, and `step`, which calls them in order. Both are ordinary Python: edit a kernel and run.
 """
 
@@ -16,7 +18,9 @@ from ..passes.extract import leaf_name, unique
 from . import attention as attention_body
 from . import schedule
 from .contraction import Contraction
-from .kernels import Source, contraction, environment, row_kernel
+from .contraction_kernel import contraction
+from .row_kernel import row_kernel
+from .writer import Source, environment, fold
 
 COUNTS = {"T": "T", "T'": "N"}  # run-time dim -> what generated code calls its size
 HEADER = '''"""{title}
@@ -60,8 +64,8 @@ class Weight:
 
 @dataclass
 class Module:
-    """A compiled model. buffers: name -> (offset in bytes per token, elements per token, dtype).  caches: name -> sizes per token.
-    partial, arrivals: elements of the scratch that split contractions share."""
+    """A compiled model. buffers: name -> (offset in bytes per token, elements per token, dtype).  caches: name -> sizes per
+    token. partial, arrivals: elements of the scratch that split contractions share."""
 
     name: str
     dtype: str
@@ -103,7 +107,8 @@ class Builder:
         module.program_py = self.write_program()
         return module
 
-    # ---- one kernel -------------------------------------------------------------------------------------------------------------
+    # ---- one kernel
+    # -------------------------------------------------------------------------------------------------------------
 
     def add(self, kernel: Value):
         make = {"contract": self.contract, "rows": self.rows, "attention": self.attention}.get(kernel.attrs["kind"])
@@ -122,8 +127,12 @@ class Builder:
             function = Function(label, [p for p, _ in params], [], [], kernel)
             for source in sources:
                 final = f"{label}_{source.form}" if len(sources) > 1 else label
-                source.text = source.text.replace(f"def {source.name}(", f"def {final}(").replace("\n" + " " * (len(source.name) + 5), "\n" + " " * (len(final) + 5))
-                function.launch = [line.replace(f"kernels.{source.name}[", f"kernels.{final}[") for line in (function.launch or launch)]
+                source.text = source.text.replace(f"def {source.name}(", f"def {final}(").replace(
+                    "\n" + " " * (len(source.name) + 5), "\n" + " " * (len(final) + 5)
+                )
+                function.launch = [
+                    line.replace(f"kernels.{source.name}[", f"kernels.{final}[") for line in (function.launch or launch)
+                ]
                 source.name = final
             function.sources = sources
             self.by_text[key] = function
@@ -141,10 +150,18 @@ class Builder:
         shape = (parts.n, parts.k, parts.leaves, self.itemsize)
         rows = COUNTS[parts.row_dim]
         sources, lines = [], []
-        for form, tiles in (("gemv", (schedule.gemv(*shape),)), ("skinny", schedule.skinny(*shape)), ("matmul", schedule.matmul(*shape))):
-            block_n, block_k = (max((getattr(t, b) for t in tiles), key=lambda size, n=n: n % size)
-                                for b, n in (("block_n", parts.n), ("block_k", parts.k)))
-            splits = next((t.splits for t in tiles if parts.k % (t.block_k * getattr(t, "splits", 1))), 1) if form == "skinny" else 1
+        for form, tiles in (
+            ("gemv", (schedule.gemv(*shape),)),
+            ("skinny", schedule.skinny(*shape)),
+            ("matmul", schedule.matmul(*shape)),
+        ):
+            block_n, block_k = (
+                max((getattr(t, b) for t in tiles), key=lambda size, n=n: n % size)
+                for b, n in (("block_n", parts.n), ("block_k", parts.k))
+            )
+            splits = (
+                next((t.splits for t in tiles if parts.k % (t.block_k * getattr(t, "splits", 1))), 1) if form == "skinny" else 1
+            )
             source = contraction(kernel, f"kernel_{form}", form, comment, self.dtype, block_n, block_k, parts, splits)
             source.facts["tiles"] = tiles
             sources.append(source)
@@ -180,7 +197,11 @@ class Builder:
         tokens = COUNTS[f["row_dim"]]
         blocks = [f"triton.cdiv({tokens}{f' * {n}' if n > 1 else ''}, {block_m})" for n in f["repeats"]]
         grid = f"({' + '.join(blocks)},)"
-        return [source], call(source, grid, tokens, {"BLOCK_M": block_m}, warps), [(tokens, ("tokens", tokens)), *merge(source.roles)]
+        return (
+            [source],
+            call(source, grid, tokens, {"BLOCK_M": block_m}, warps),
+            [(tokens, ("tokens", tokens)), *merge(source.roles)],
+        )
 
     def attention(self, kernel):
         via = kernel.attrs["body"].outputs[0]
@@ -188,26 +209,46 @@ class Builder:
         comment = self.source_lines(kernel)
         sources = []
         for form in ("decode", "prefill"):
-            k = {"name": f"kernel_{form}", "comment": comment, "score": a.score, "mask": a.mask, "first": a.first, "causal": a.causal,
-                 "dense": a.dense, "extra": a.extra}
+            k = {
+                "name": f"kernel_{form}",
+                "comment": comment,
+                "score": a.score,
+                "mask": a.mask,
+                "first": a.first,
+                "causal": a.causal,
+                "dense": a.dense,
+                "extra": a.extra,
+            }
             text = environment().get_template(f"attention_{form}.py.jinja").render(k=k)
             sources.append(Source(f"kernel_{form}", form, text, {}, {"attention": a}))
         sizes = f"G={a.G}, R={a.R}, K={a.K}, J={a.J}, page=m.block_size, itemsize={self.itemsize}, pdl=PDL"
         stride = a.G * a.R * a.K
-        buffers = {"decode": "b.block_tables, b.context_lens, out, *m.scratch(launch)",
-                   "prefill": "b.block_tables, b.query_starts, b.context_lens, out"}
+        buffers = {
+            "decode": "b.block_tables, b.context_lens, out, *m.scratch(launch)",
+            "prefill": "b.block_tables, b.query_starts, b.context_lens, out",
+        }
         lines = ["sequences = b.context_lens.shape[0]", "if b.max_query == 1:"]
         for form, size in (("decode", "b.max_context"), ("prefill", "b.max_query")):
             lines += ["else:"] if form == "prefill" else []
-            lines += [f"    launch = {form}_launch(sequences, {size}, {sizes})",
-                      f"    kernels.kernel_{form}[launch.grid](q, k_cache, v_cache, {buffers[form]}, {stride}, b.block_tables.stride(0),",
-                      "        **launch.constants, **launch.options)"]
+            lines += [
+                f"    launch = {form}_launch(sequences, {size}, {sizes})",
+                f"    kernels.kernel_{form}[launch.grid](q, k_cache, v_cache, {buffers[form]}, {stride},",
+                "        b.block_tables.stride(0),",
+                "        **launch.constants, **launch.options)",
+            ]
         operand = {i: kernel.attrs["body"].inputs.index(operand) for i, operand in enumerate(via.inputs)}
-        params = [("m", ("model",)), ("b", ("batch",)), ("q", ("input", operand[a.q])), ("k_cache", ("input", operand[a.k])),
-                  ("v_cache", ("input", operand[a.v])), ("out", ("output", 0))]
+        params = [
+            ("m", ("model",)),
+            ("b", ("batch",)),
+            ("q", ("input", operand[a.q])),
+            ("k_cache", ("input", operand[a.k])),
+            ("v_cache", ("input", operand[a.v])),
+            ("out", ("output", 0)),
+        ]
         return sources, lines, params
 
-    # ---- where things live --------------------------------------------------------------------------------------------------------
+    # ---- where things live
+    # --------------------------------------------------------------------------------------------------------
 
     def place(self, kernel: Value, role: tuple, function: Function) -> str:
         if role[0] == "tokens":
@@ -217,8 +258,11 @@ class Builder:
         if role[0] in ("model", "batch", "slots"):
             return {"model": "m", "batch": "b", "slots": "b.slots"}[role[0]]
         if role[0] == "output":
-            output = next(v for v in self.results(kernel) if v.attrs["index"] == role[1]) if any(
-                v.attrs["index"] == role[1] for v in self.results(kernel)) else None
+            output = (
+                next(v for v in self.results(kernel) if v.attrs["index"] == role[1])
+                if any(v.attrs["index"] == role[1] for v in self.results(kernel))
+                else None
+            )
             return self.buffer(output)
         value = kernel.inputs[role[1]]
         if value.op == "input":
@@ -270,20 +314,28 @@ class Builder:
             self.module.weights[name] = Weight(name, value, None if identity else packing)
         return self.weight_names[key]
 
-    # ---- the two files ---------------------------------------------------------------------------------------------------------------
+    # ---- the two files
+    # ---------------------------------------------------------------------------------------------------------------
 
     def write_kernels(self) -> str:
-        head = HEADER.format(title=f"The kernels of {self.title or self.graph.name}, generated by fusec.",
-                             body="Arithmetic is float32 inside a kernel; values are rounded to their own type where they are stored.")
+        head = HEADER.format(
+            title=f"The kernels of {self.title or self.graph.name}, generated by fusec.",
+            body="Arithmetic is float32 inside a kernel; values are rounded to their own type where they are stored.",
+        )
         head += "import triton\nimport triton.language as tl\nfrom triton.language.extra import libdevice\n"
         head += "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
-        return head + "".join("\n\n" + s.text.strip("\n") + "\n" for f in self.module.functions for s in f.sources)
+        return fold(head + "".join("\n\n" + s.text.strip("\n") + "\n" for f in self.module.functions for s in f.sources))
 
     def write_program(self) -> str:
-        head = HEADER.format(title=f"One step of {self.title or self.graph.name}, generated by fusec: the launches, in order.", body=(
-            "T tokens are packed into a step, N of their rows are wanted as logits. `m` holds the arena's buffers, `w` the packed weights,\n"
-            "`c` the caches, `b` the batch (fusec.runtime.batch.Batch)."))
-        head += "import torch\nimport triton\nfrom fusec.codegen.attention_schedule import decode_launch, prefill_launch\n\nimport kernels\n\n"
+        head = HEADER.format(
+            title=f"One step of {self.title or self.graph.name}, generated by fusec: the launches, in order.",
+            body=(
+                "T tokens are packed into a step, N of their rows are wanted as logits. `m` holds the arena's buffers,\n"
+                "`w` the packed weights, `c` the caches, `b` the batch (fusec.runtime.batch.Batch)."
+            ),
+        )
+        head += "import torch\nimport triton\nfrom fusec.codegen.attention_schedule import decode_launch, prefill_launch\n\n"
+        head += "import kernels\n\n"
         head += "PDL = True  # each launch starts while the one before it drains, and waits for its results where it needs them\n"
         parts = [head]
         for f in self.module.functions:
@@ -292,21 +344,28 @@ class Builder:
         output = self.graph.outputs[0]
         size = math.prod(d.size for d in output.dims if d.size)
         rows = COUNTS[next(d.name for d in output.dims if d.name in RUNTIME)]
-        lines = ["def step(m, b):", '    """Logits of the wanted rows: float32 [N, V]."""', "    w, c = m.weights, m.caches",
-                 "    T, N = b.ids.shape[0], b.rows.shape[0]",
-                 f"    logits = torch.empty(({rows}, {size}), dtype=torch.float32, device=b.ids.device)"]
+        lines = [
+            "def step(m, b):",
+            '    """Logits of the wanted rows: float32 [N, V]."""',
+            "    w, c = m.weights, m.caches",
+            "    T, N = b.ids.shape[0], b.rows.shape[0]",
+            f"    logits = torch.empty(({rows}, {size}), dtype=torch.float32, device=b.ids.device)",
+        ]
         lines += [f"    {launch.function}({', '.join(launch.arguments)})" for launch in self.module.launches]
         lines += ["    return logits"]
-        return "".join(parts) + "\n\n" + "\n".join(lines) + "\n"
+        return fold("".join(parts) + "\n\n" + "\n".join(lines) + "\n")
 
 
 def unsupported(kernel: Value, found: str) -> UserError:
     """A kernel that no template implements: the program is right, and torch can run it."""
     origin = kernel.origin
     where = f"{origin.file}:{origin.line}" if origin.line else kernel.attrs["name"]
-    return UserError(f"no kernel template implements {where} efficiently", found=found,
-                     expected="row kernels, contractions of activations with weights, and attention over cached keys and values",
-                     hint="run it through torch instead: --device cpu")
+    return UserError(
+        f"no kernel template implements {where} efficiently",
+        found=found,
+        expected="row kernels, contractions of activations with weights, and attention over cached keys and values",
+        hint="run it through torch instead: --device cpu",
+    )
 
 
 def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: int) -> list[str]:

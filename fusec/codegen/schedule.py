@@ -1,7 +1,7 @@
 """Tiles: for each kernel and number of tokens, how its template is launched.
 
-A table per GPU (`tables/*.json`, written by `fusec tune`) answers first; a shape it does not hold gets the choice of the cost rule here,
-which needs no measurement. Keys are shapes, never model names.
+A table per GPU (`tables/*.json`, written by `fusec tune`) answers first; a shape it does not hold gets the choice of the cost
+rule here, which needs no measurement. Keys are shapes, never model names.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Skinny:
 
 @dataclass(frozen=True)
 class Matmul:
-    """Many tokens: tiles of tokens, rows and columns; blocks of tokens that share weights in L2. tokens: up to how many (None: any)."""
+    """Many tokens: tiles of tokens, rows and columns; blocks of tokens that share weights in L2. tokens: up to how many
+    (None: any)."""
 
     tokens: int | None
     block_m: int
@@ -49,7 +50,8 @@ class Matmul:
 
 
 def gemv(rows: int, k: int, leaves: int, itemsize: int = 2) -> Gemv:
-    """A tile of about 8 KB a warp group: a row is walked in few long steps, and small matrices are spread over all multiprocessors."""
+    """A tile of about 8 KB a warp group: a row is walked in few long steps, and small matrices are spread over all
+    multiprocessors."""
     found = lookup("gemv", rows, k, leaves, itemsize)
     if found:
         return Gemv(**found[0])

@@ -2,7 +2,7 @@
 
 Every weight is read once, every activation read and written once, the history of each sequence read once. Caches between
 memory and the multiprocessors can only make a step faster than this says where a kernel's inputs were just written, and then
-by little. """
+by little."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ class Step:
     def length(self, dim) -> int:
         """How long a dim is in this step. N, the rows whose logits are wanted, is one a sequence; S is the history of all of
         them."""
-        return dim.size if dim.size is not None else {
-            "T": self.tokens, "T'": self.sequences, "S": self.sequences * self.context}[dim.name]
+        return (
+            dim.size
+            if dim.size is not None
+            else {"T": self.tokens, "T'": self.sequences, "S": self.sequences * self.context}[dim.name]
+        )
 
     @property
     def pairs(self) -> int:
@@ -55,8 +58,13 @@ class Traffic:
         return self.bytes / bandwidth / 1e3
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.weights + other.weights, self.history + other.history, self.reads + other.reads,
-                       self.writes + other.writes, self.flops + other.flops)
+        return Traffic(
+            self.weights + other.weights,
+            self.history + other.history,
+            self.reads + other.reads,
+            self.writes + other.writes,
+            self.flops + other.flops,
+        )
 
 
 def traffic(kernel: Value, step: Step, dtype: str = "bfloat16") -> Traffic:

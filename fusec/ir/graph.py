@@ -1,11 +1,12 @@
 """The graph: typed values over named dims, in static single assignment.
 
-A `Value` is the result of one primitive op (see `ops.py`). Its `dims` name its axes: two values are combined by matching names, never
-positions, and the order of a value's dims is the compiler's to choose. Two dims have no size before run time: `T`, the packed tokens of
-the step, and `S`, the history of one sequence; all others are integers from the model's config.
+A `Value` is the result of one primitive op (see `ops.py`). Its `dims` name its axes: two values are combined by matching
+names, never
+positions, and the order of a value's dims is the compiler's to choose. Two dims have no size before run time: `T`, the packed
+tokens of the step, and `S`, the history of one sequence; all others are integers from the model's config.
 
-A storage axis is arithmetic over dims (`G*R*K + G*K + G*K`). In the graph each of its components is an *affine view*: an offset and one
-stride per dim, in elements of the flat axis. `weight`, `split` and `join` all speak of axes in that one way.
+A storage axis is arithmetic over dims (`G*R*K + G*K + G*K`). In the graph each of its components is an *affine view*: an
+offset and one stride per dim, in elements of the flat axis. `weight`, `split` and `join` all speak of axes in that one way.
 
 Attributes are plain Python literals (so that the text form round-trips), except `body`, the region of a `via` or `kernel` value.
 """
@@ -31,7 +32,8 @@ T, S, N = Dim("T"), Dim("S"), Dim("T'")  # T' can be no program's own name
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value comes from: the source line (`file`, `line`, `column`; 0 = none) and the dotted path of the block it stands in."""
+    """Where a value comes from: the source line (`file`, `line`, `column`; 0 = none) and the dotted path of the block it
+    stands in."""
 
     file: str = ""
     line: int = 0
@@ -69,7 +71,8 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A program or a region: named `inputs` (values of op "input"), and `outputs`. Everything between is reached from the outputs."""
+    """A program or a region: named `inputs` (values of op "input"), and `outputs`. Everything between is reached from the
+    outputs."""
 
     name: str
     inputs: tuple[Value, ...]
@@ -107,7 +110,8 @@ def walk(outputs) -> list[Value]:
 def rewrite(graph: Graph, rule, new: dict[Value, Value] | None = None) -> Graph:
     """A copy of `graph` in which every value is replaced by `rule(value, inputs)`, operands first.
 
-    `rule` gets the old value and its already rewritten operands, and returns a Value, or None to keep the value as it is (copied only
+    `rule` gets the old value and its already rewritten operands, and returns a Value, or None to keep the value as it is
+    (copied only
     if an operand changed). Sharing is kept: each old value is rewritten once. `new`, if given, is filled with old -> rewritten
     as the walk goes on, for rules that need more than a value's own operands.
     """

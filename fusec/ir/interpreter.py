@@ -1,9 +1,11 @@
 """The graph's meaning in torch: the oracle of every test, and the `torch` backend.
 
-`Evaluator(graph, ...)` prepares one closure per value; calling it runs them in order. Values that depend on weights and constants alone
+`Evaluator(graph, ...)` prepares one closure per value; calling it runs them in order. Values that depend on weights and
+constants alone
 are computed once, at preparation. Contractions with such a matrix keep it as an `[N, K]`, so that they are a plain linear.
 
-Types are a table, so the same graph runs in float64 (`EXACT`), float32 or bfloat16: `{"x": torch.bfloat16, "f32": torch.float32, …}`.
+Types are a table, so the same graph runs in float64 (`EXACT`), float32 or bfloat16: `{"x": torch.bfloat16, "f32":
+torch.float32, …}`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from .ops import OPS, promote
 
 
 def dtypes(x: torch.dtype) -> dict[str, torch.dtype]:
-    """The torch type of each IR type when the model's own is `x`. In a float64 model "f32" is float64 too: the oracle rounds nowhere."""
+    """The torch type of each IR type when the model's own is `x`. In a float64 model "f32" is float64 too: the oracle rounds
+    nowhere."""
     return {"x": x, "f32": torch.promote_types(x, torch.float32), "int": torch.int64, "bool": torch.bool, "weak": torch.float64}
 
 
@@ -31,8 +34,8 @@ class Evaluator:
     """A graph made ready to run in torch.
 
     weight(value) -> tensor: the component of a checkpoint tensor that a `weight` value names, axes as in `value.dims`.
-    cache(value, tensor) and via(value, tensors) replace the meaning of those two ops; by default there is one sequence, seen whole:
-    its history is the tokens of this call, and a `via` evaluates its body.
+    cache(value, tensor) and via(value, tensors) replace the meaning of those two ops; by default there is one sequence, seen
+    whole: its history is the tokens of this call, and a `via` evaluates its body.
     """
 
     def __init__(self, graph: Graph, types: dict[str, torch.dtype], *, weight=None, cache=None, via=None, device="cpu"):
@@ -75,7 +78,8 @@ class Evaluator:
         return tuple(slots[self.number[value]] for value in self.graph.outputs)
 
     def _evaluate_constants(self, order, static, outputs) -> dict[int, torch.Tensor]:
-        """Computes the static values and keeps those that something dynamic reads (a raw weight that was merged away is freed)."""
+        """Computes the static values and keeps those that something dynamic reads (a raw weight that was merged away is
+        freed)."""
         needed = {i for v in order if v not in static for i in v.inputs if i in static} | {o for o in outputs if o in static}
         remaining, table = {}, {}
         for value in order:
@@ -93,7 +97,8 @@ class Evaluator:
         self._static = {v: t for v, t in table.items() if v in needed}
         return {self.number[v]: t for v, t in self._static.items()}
 
-    # ---- one closure per value --------------------------------------------------------------------------------------------------
+    # ---- one closure per value
+    # --------------------------------------------------------------------------------------------------
 
     def _closure(self, value: Value):
         kind = OPS[value.op].kind
@@ -123,8 +128,8 @@ class Evaluator:
         return lambda *operands: function(*[a(t) if a else t for a, t in zip(aligners, operands, strict=True)])
 
     def _converters(self, value):
-        """Per operand the cast that torch's own promotion would miss, or None: integers to real numbers (torch takes its default type
-        for them), a tensor with axes to the type of a wider one without (torch ignores the latter's type)."""
+        """Per operand the cast that torch's own promotion would miss, or None: integers to real numbers (torch takes its
+        default type for them), a tensor with axes to the type of a wider one without (torch ignores the latter's type)."""
         operands = value.inputs[1:] if value.op == "where" else value.inputs
         target = promote(*operands) if value.dtype == "bool" else value.dtype
         real = target in ("x", "f32") or target == "weak" and value.op not in INTEGRAL
@@ -196,7 +201,7 @@ class Evaluator:
             elif fixed.shape == tensor.shape and fixed.dtype == tensor.dtype and arrange_b(tensor).stride() == tensor.stride():
                 self.constants[self.number[b]] = fixed  # a table that is a matrix too (tied embeddings) is kept once
 
-        if fixed is not None and columns and contracted and not batch and not swap:  # a linear layer: nearly all of a model's time
+        if fixed is not None and columns and contracted and not batch and not swap:  # a linear layer: most of a model's time
             tail, arrange_rows = shape_b[:n_columns], None if arrange_a is same else arrange_a
             convert = self.types[a.dtype] != dtype
 
@@ -225,7 +230,8 @@ class Evaluator:
         return run
 
     def _laid_out(self, matrix: torch.Tensor) -> torch.Tensor:
-        """[N, K] as it is multiplied fastest by few rows: K contiguous, but on a CPU in float32, which reads [K, N] a third faster."""
+        """[N, K] as it is multiplied fastest by few rows: K contiguous, but on a CPU in float32, which reads [K, N] a third
+        faster."""
         if self.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.dim() == 2:
             return matrix.t().contiguous().t()
         return matrix.contiguous()
@@ -240,7 +246,8 @@ class Evaluator:
         def run(a):
             step = a.stride(at)
             return a.as_strided((*a.shape[:at], *sizes, *a.shape[at + 1:]),
-                                (*a.stride()[:at], *[s * step for s in strides], *a.stride()[at + 1:]), a.storage_offset() + offset * step)
+                                (*a.stride()[:at], *[s * step for s in strides], *a.stride()[at + 1:]),
+                                a.storage_offset() + offset * step)
 
         return run
 
@@ -249,16 +256,19 @@ class Evaluator:
         dtype, views = self.types[value.dtype], []
         for operand, (names, strides, offset) in zip(value.inputs, value.attrs["parts"], strict=True):
             target = (*value.names[:at], *names, *value.names[at + 1:])
-            views.append((chain(aligner(operand.names, target), ranked(len(target))), tuple(operand.dim(n).size for n in names), strides, offset))
+            arrange = chain(aligner(operand.names, target), ranked(len(target)))
+            views.append((arrange, tuple(operand.dim(n).size for n in names), strides, offset))
 
         def run(*operands):
             aligned = [align(t) for t, (align, *_) in zip(operands, views, strict=True)]
-            outer = torch.broadcast_shapes(*[(*t.shape[:at], *t.shape[at + len(v[1]):]) for t, v in zip(aligned, views, strict=True)])
+            outer = torch.broadcast_shapes(
+                *[(*t.shape[:at], *t.shape[at + len(v[1]):]) for t, v in zip(aligned, views, strict=True)])
             out = torch.empty(*outer[:at], value.attrs["size"], *outer[at:], dtype=dtype, device=aligned[0].device)
             step = out.stride(at)
             for tensor, (_, sizes, strides, offset) in zip(aligned, views, strict=True):
                 out.as_strided((*out.shape[:at], *sizes, *out.shape[at + 1:]),
-                               (*out.stride()[:at], *[s * step for s in strides], *out.stride()[at + 1:]), offset * step).copy_(tensor)
+                               (*out.stride()[:at], *[s * step for s in strides], *out.stride()[at + 1:]),
+                                offset * step).copy_(tensor)
             return out
 
         return run

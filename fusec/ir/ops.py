@@ -8,8 +8,9 @@
 Every named layer of the literature is written in the language in terms of these; the compiler knows no other op.
 
 `make(op, *inputs, **attrs)` builds a value: its dtype and dims come from the op's rule. A torch meaning is called as
-`fn(run, value, *tensors)`, the tensors' axes standing in the order of each operand's `dims`, elementwise operands already aligned to
-the result's. A Triton spelling is a format string over its operands (float32 inside a kernel), or None where a template owns the op.
+`fn(run, value, *tensors)`, the tensors' axes standing in the order of each operand's `dims`, elementwise operands already aligned
+to the result's. A Triton spelling is a format string over its operands (float32 inside a kernel), or None where a template owns
+the op.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def define(name, kind, arity, rule, torch, triton, doc):
 
 
 def make(op: str, *inputs: Value, dtype=None, dims=None, origin=NOWHERE, **attrs) -> Value:
-    """A new value of primitive `op`. `dtype` and `dims` are stated only for ops without a rule (input, weight, via, kernel, get)."""
+    """A new value of primitive `op`. `dtype` and `dims` are stated only where the op has no rule (input, weight, index, regions)."""
     rule = OPS[op].rule
     if rule is not None:
         dtype, dims = rule(inputs, attrs)
@@ -60,7 +61,7 @@ def make(op: str, *inputs: Value, dtype=None, dims=None, origin=NOWHERE, **attrs
     return Value(op, inputs, attrs, dtype, dims, origin)
 
 
-# ---- dtypes -----------------------------------------------------------------------------------------------------------------------
+# ---- dtypes --------------------------------------------------------------------------------------------------------
 
 _RANK = {"bool": 0, "weak": 1, "int": 2, "x": 3, "f32": 4}
 
@@ -100,16 +101,17 @@ def _where(inputs, attrs):
     return promote(*inputs[1:]), union(*inputs)
 
 
-# ---- sources ----------------------------------------------------------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------------------------
 
 define("input", "source", 0, None, "env[name]", None, "A run-time argument. attrs: name.")
 define("weight", "source", 0, None, "as_strided(checkpoint[key])", None,
-       "A component of a checkpoint tensor. attrs: key (with {} where a stack's index stands), shape (storage; a stack's count first), "
+       "A component of a checkpoint tensor. attrs: key (with {} where a stack's index stands), shape (of the storage; a stack's count "
+       "first), "
        "offset and strides (per dim, in elements of the storage).")
 define("const", "source", 0, lambda i, a: ("weak", ()), "value", None, "A literal number. attrs: value.")
 define("index", "source", 0, None, "arange(size)", None, "0, 1, 2, … along a dim: dims = (that dim,), dtype int.")
 
-# ---- elementwise ------------------------------------------------------------------------------------------------------------------
+# ---- elementwise ---------------------------------------------------------------------------------------------------
 
 for _name, _rule, _torch, _triton, _doc in (
     ("add", _elementwise, "torch.add({0}, {1})", "{0} + {1}", "a + b"),
@@ -144,7 +146,7 @@ for _name, _rule, _torch, _triton, _doc in (
 ):
     define(_name, "elementwise", len(set(re.findall(r"{\d}", _torch))), _rule, _torch, _triton, _doc)
 
-# ---- reductions and contraction ---------------------------------------------------------------------------------------------------
+# ---- reductions and contraction ------------------------------------------------------------------------------------
 
 
 def _reduce(inputs, attrs):
@@ -170,7 +172,7 @@ define("mean", "reduction", 1, lambda i, a: (_real(i, a)[0], _reduce(i, a)[1]), 
 define("contract", "contraction", 2, _contract, "einsum({0}, {1})", "tl.dot",
        "Sum of products over dims; other dims that both operands carry run in parallel. attrs: over (names).")
 
-# ---- movement ---------------------------------------------------------------------------------------------------------------------
+# ---- movement ------------------------------------------------------------------------------------------------------
 
 
 def _split(inputs, attrs):
@@ -184,7 +186,8 @@ def _split(inputs, attrs):
 
 def _join(inputs, attrs):
     parts = attrs["parts"]
-    outer = union(*(Value("", dims=[d for d in v.dims if d.name not in names]) for v, (names, _, _) in zip(inputs, parts, strict=True)))
+    rests = [[d for d in v.dims if d.name not in names] for v, (names, _, _) in zip(inputs, parts, strict=True)]
+    outer = union(*(Value("", dims=rest) for rest in rests))
     at = min((inputs[0].names.index(n) for n in parts[0][0]), default=len(outer))
     return promote(*inputs), outer[:at] + (Dim(attrs["dim"], attrs["size"]),) + outer[at:]
 
@@ -209,7 +212,7 @@ define("gather", "movement", 2, _gather, "table[ids]", None, "Rows of a table al
 define("top", "movement", 1, _top, "topk", None,
        "The largest entries along attrs dim, largest first. attrs: dim, into (name), size, result ('values' or 'index').")
 
-# ---- state and regions ------------------------------------------------------------------------------------------------------------
+# ---- state and regions ---------------------------------------------------------------------------------------------
 
 
 def _cache(inputs, attrs):

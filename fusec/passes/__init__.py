@@ -1,4 +1,5 @@
-"""The compiler's passes. `PIPELINE` is its table of contents: each entry is a pure function Graph -> Graph in a file of its name."""
+"""The compiler's passes. `PIPELINE` is its table of contents: each entry is a pure function Graph -> Graph in a file of its
+name."""
 
 from .commute_scales import commute_scales
 from .fuse import fuse

@@ -3,9 +3,10 @@
     before   %n = mul(mul(%x, %rstd), %w) : x[T, D]      after   %c = contract(%x, mul(%m, %w)) over=("D",)
              %c = contract(%n, %m) over=("D",)                   %y = mul(%c, %rstd) : x[T, F]
 
-(x · rstd · w) @ M = rstd · (x @ (w · M)): a contraction is linear, and rstd is one number per row. So the reduction that a norm needs runs
-beside the contraction, over the same loaded x, and no launch is spent on it. w is folded into M when that matrix serves nothing else
-(a head tied to the embedding keeps its w on x).
+(x · rstd · w) @ M = rstd · (x @ (w · M)): a contraction is linear, and rstd is one number per row. So the reduction that a
+norm needs runs
+beside the contraction, over the same loaded x, and no launch is spent on it. w is folded into M when that matrix serves
+nothing else (a head tied to the embedding keeps its w on x).
 
 Nothing here knows RMSNorm: any product with a factor that has no contracted dim, and that is reduced from the rest, commutes.
 The result is rounded once less than the text says; see docs/decisions.md.
@@ -51,7 +52,9 @@ def commute_scales(graph: Graph) -> Graph:
         x, origin = new[base], value.origin
         for vector, sign in vectors:
             if private(value.inputs[1]):
-                matrix = make("cast", make("mul" if sign > 0 else "div", matrix, new[vector], origin=origin), to="x", origin=origin)
+                matrix = make(
+                    "cast", make("mul" if sign > 0 else "div", matrix, new[vector], origin=origin), to="x", origin=origin
+                )
             else:
                 x = make("mul" if sign > 0 else "div", x, new[vector], origin=x.origin)
         if matrix.dtype == value.inputs[1].dtype and x.dtype != value.inputs[0].dtype:
@@ -65,7 +68,8 @@ def commute_scales(graph: Graph) -> Graph:
 
 
 def factors(value: Value, over, static) -> tuple[list, list, list]:
-    """`value` as a product: (row scales, static vectors over the contracted dims, the rest), each factor with its sign (+1, or -1: divided by)."""
+    """`value` as a product: (row scales, static vectors over the contracted dims, the rest), each factor with its sign (+1,
+    or -1: divided by)."""
     scales, vectors, rest = [], [], []
 
     def visit(v: Value, sign: int):

@@ -10,8 +10,8 @@ from .analysis import RUNTIME, cone
 def extract(name: str, outputs, is_leaf) -> tuple[Graph, list[Value]]:
     """(body, leaves): a closed graph that computes `outputs`, with one input per leaf, and the values those inputs stand for.
 
-    `is_leaf(value)` says what the region reads from outside. Inputs are named after what they hold, so that kernels of like layers
-    come out alike.
+    `is_leaf(value)` says what the region reads from outside. Inputs are named after what they hold, so that kernels of like
+    layers come out alike.
     """
     inside, seen = [], set()
     for output in outputs:

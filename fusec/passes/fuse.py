@@ -1,17 +1,19 @@
 """fuse: primitives are partitioned into kernels.
 
-    before   a graph of primitives                       after   a graph of `kernel` values, each with its body, read through `get`
+    before   a graph of primitives                       after   a graph of `kernel` values, each with its body, read through
+    `get`
 
 A contraction, and a body that a template implements, own a launch: the *anchors*. Around them, by the fewest bytes moved:
 
-* An anchor's result is followed forward: elementwise values, splits, joins and cache writes that need nothing computed later join it
+* An anchor's result is followed forward: elementwise values, splits, joins and cache writes that need nothing computed later
+join it
   (its epilogue). A value that is cheap to compute again from what is stored anyway is left to its readers.
 * What an anchor reads is followed backward: elementwise values and reductions over the contracted dims are computed on the way in
   (its prologue, or beside it when only the epilogue wants the reduction).
 * What is left forms row kernels: elementwise values and reductions over the same dims of each row.
 
-A kernel never depends on itself through another: an epilogue takes in only values of a lower level than its anchor (the level counts the
-anchors below a value). Each refusal is recorded with its reason in `graph.attrs["refusals"]`.
+A kernel never depends on itself through another: an epilogue takes in only values of a lower level than its anchor (the level
+counts the anchors below a value). Each refusal is recorded with its reason in `graph.attrs["refusals"]`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class Refusal:
 
 @dataclass(eq=False)
 class Group:
-    """One kernel in the making. members: the values it computes.  outputs: those it stores.  rows: the dims of a row kernel's rows."""
+    """One kernel in the making. members: the values it computes.  outputs: those it stores.  rows: the dims of a row kernel's
+    rows."""
 
     kind: str
     anchor: Value | None
@@ -70,7 +73,8 @@ class Fuser:
         return value in self.owner or value.op in ("input", "get") or value in self.static
 
     def form_lookups(self):
-        """A row looked up in a table of weights is stored, with the elementwise values that it alone feeds (a scale, a sum of two tables)."""
+        """A row looked up in a table of weights is stored, with the elementwise values that it alone feeds (a scale, a sum of
+        two tables)."""
         for value in self.order:
             if value.op == "gather" and value.inputs[0] in self.static and value not in self.static:
                 readers = self.users.get(value, [])
@@ -80,7 +84,8 @@ class Fuser:
                 if value not in self.owner:
                     self.add_root(value)
 
-    # ---- anchors and their epilogues ----------------------------------------------------------------------------------------------
+    # ---- anchors and their epilogues
+    # ----------------------------------------------------------------------------------------------
 
     def form_anchors(self):
         for value in self.order:
@@ -88,9 +93,18 @@ class Fuser:
                 continue
             if value.op == "contract":
                 if value.inputs[1] not in self.static:
-                    self.refusals.append(Refusal(value.inputs[0], value, "both operands change with every token: only a template can contract them"))
+                    self.refusals.append(
+                        Refusal(
+                            value.inputs[0], value, "both operands change with every token: only a template can contract them"
+                        )
+                    )
                 members = self.epilogue(value)
-                group = Group("contract", value, members, [v for v in sorted(members, key=self.position.__getitem__) if self.leaves_group(v, members)])
+                group = Group(
+                    "contract",
+                    value,
+                    members,
+                    [v for v in sorted(members, key=self.position.__getitem__) if self.leaves_group(v, members)],
+                )
             elif value.op in ("via", "top"):
                 group = Group(value.attrs.get("template", value.op), value, {value}, [value])
             else:
@@ -137,9 +151,12 @@ class Fuser:
         return all(i is not anchor and (self.read_elsewhere(i, members) or self.recomputable(i, anchor, members)) for i in inside)
 
     def read_elsewhere(self, value: Value, members) -> bool:
-        """Some kernel that cannot compute `value` itself reads it: an anchor does, or an elementwise value that has further operands."""
-        return any(u not in members and (is_anchor(u, self.static) or len(u.inputs) > 1 and len(set(u.inputs)) > 1)
-                   for u in self.users.get(value, ()))
+        """Some kernel that cannot compute `value` itself reads it: an anchor does, or an elementwise value that has further
+        operands."""
+        return any(
+            u not in members and (is_anchor(u, self.static) or len(u.inputs) > 1 and len(set(u.inputs)) > 1)
+            for u in self.users.get(value, ())
+        )
 
     def refuses(self, user: Value, anchor: Value, members, spaces) -> str | None:
         """None if `user` can be computed where `anchor`'s result lies in registers; else the reason why not. Fills `spaces`."""
@@ -172,7 +189,8 @@ class Fuser:
         spaces[user] = spaces[inside[0]]
         return None
 
-    # ---- what anchors read, and the rest -------------------------------------------------------------------------------------------
+    # ---- what anchors read, and the rest
+    # -------------------------------------------------------------------------------------------
 
     def form_rows(self):
         for value in self.order:  # rows are picked from a table that lies in memory
@@ -220,14 +238,23 @@ class Fuser:
         """`point` lies below `value` with reductions over one set of dims between, and is no literal matter of the inputs."""
         between = cone(value, lambda v: v is point or self.stored(v))
         reduced = {v.attrs["over"] for v in between if OPS[v.op].kind == "reduction"}
-        return not self.stored(point) and len(reduced) <= 1 and all(OPS[v.op].kind in ("elementwise", "reduction") for v in between) \
+        return (
+            not self.stored(point)
+            and len(reduced) <= 1
+            and all(OPS[v.op].kind in ("elementwise", "reduction") for v in between)
             and set(point.names) == set(value.names)
+        )
 
     def computable(self, value: Value, over, dims) -> bool:
-        """`value` can be computed on the way in: elementwise over `dims`, with reductions over all of `over` and nothing else, from no
-        more than one stored value of that size (else it is cheaper to store it)."""
+        """`value` can be computed on the way in: elementwise over `dims`, with reductions over all of `over` and nothing
+        else, from no more than one stored value of that size (else it is cheaper to store it)."""
         inside = cone(value, self.stored)
-        reads = {i for v in inside for i in v.inputs if self.stored(i) and i not in self.static and axis(i) and set(i.names) == set(value.names) | set(over)}
+        reads = {
+            i
+            for v in inside
+            for i in v.inputs
+            if self.stored(i) and i not in self.static and axis(i) and set(i.names) == set(value.names) | set(over)
+        }
         if len(reads) > 1:
             return False
         for v in inside:
@@ -271,12 +298,15 @@ class Fuser:
         self.owner[root] = group
 
     def merge_rows(self):
-        """Row kernels that could run side by side become one launch, each with its own section (q and k, each normed by heads)."""
+        """Row kernels that could run side by side become one launch, each with its own section (q and k, each normed by
+        heads)."""
         depth, merged = {}, {}
         for group in [g for g in self.groups if g.kind == "rows"]:
             reads = {self.owner[i] for v in group.members for i in v.inputs if i in self.owner}
             level = self.level[group.outputs[0]]
-            depth[group] = max((depth[r] + 1 for r in reads if r in depth and r is not group and self.level[r.outputs[0]] == level), default=0)
+            depth[group] = max(
+                (depth[r] + 1 for r in reads if r in depth and r is not group and self.level[r.outputs[0]] == level), default=0
+            )
             runtime = tuple(n for n in group.rows if n in RUNTIME)
             first = merged.setdefault((level, depth[group], runtime), group)
             if first is not group:
@@ -285,13 +315,16 @@ class Fuser:
                 self.owner.update(dict.fromkeys(group.outputs, first))
                 self.groups.remove(group)
 
-    # ---- the graph of kernels -----------------------------------------------------------------------------------------------------
+    # ---- the graph of kernels
+    # -----------------------------------------------------------------------------------------------------
 
     def assemble(self) -> Graph:
         pieces = {}
         for group in self.groups:
+
             def is_leaf(v, group=group):
                 return v not in group.members and (self.stored(v) and not inlined(v))
+
             pieces[group] = extract(self.name(group), group.outputs, is_leaf)
         new: dict[Value, Value] = {}
 
@@ -310,14 +343,26 @@ class Fuser:
                 stack.extend(waiting)
                 continue
             origin = (group.anchor or group.outputs[-1]).origin
-            kernel = make("kernel", *[new.get(leaf, leaf) for leaf in leaves], kind=group.kind, name=body.name, body=body, dtype="x", dims=(),
-                          origin=origin)
+            kernel = make(
+                "kernel",
+                *[new.get(leaf, leaf) for leaf in leaves],
+                kind=group.kind,
+                name=body.name,
+                body=body,
+                dtype="x",
+                dims=(),
+                origin=origin,
+            )
             for i, output in enumerate(group.outputs):
                 new[output] = make("get", kernel, index=i, dtype=output.dtype, dims=output.dims, origin=output.origin)
             done.add(group)
             stack.pop()
-        return Graph(self.graph.name, self.graph.inputs, tuple(new.get(o, o) for o in self.graph.outputs),
-                     self.graph.attrs | {"refusals": tuple(self.refusals)})
+        return Graph(
+            self.graph.name,
+            self.graph.inputs,
+            tuple(new.get(o, o) for o in self.graph.outputs),
+            self.graph.attrs | {"refusals": tuple(self.refusals)},
+        )
 
     def name(self, group: Group) -> str:
         """After the weights a kernel contracts with, the template, or the block whose values it stores."""

@@ -4,8 +4,8 @@
              %k = contract(%x, %wk) over=("D",)                 %c = contract(%x, %w) over=("D",)
              %v = contract(%x, %wv) over=("D",)                 %q = split(%c) …   %k = split(%c) …   %v = split(%c) …
 
-Rule 2 of the language read backwards: what a checkpoint stores as three matrices is, to the kernel, one with a sum axis. The join is
-over weights alone, so it is done once, when they are loaded.
+Rule 2 of the language read backwards: what a checkpoint stores as three matrices is, to the kernel, one with a sum axis. The
+join is over weights alone, so it is done once, when they are loaded.
 """
 
 from __future__ import annotations
@@ -37,16 +37,30 @@ def merge_projections(graph: Graph) -> Graph:
         views, offset = [], 0
         for member in group:
             dims = [d for d in member.inputs[1].dims if d.name not in over]
-            strides = tuple(math.prod(d.size for d in dims[i + 1:]) for i in range(len(dims)))
+            strides = tuple(math.prod(d.size for d in dims[i + 1 :]) for i in range(len(dims)))
             views.append((dims, strides, offset))
             offset += math.prod(d.size for d in dims)
         name = " + ".join("*".join(d.name for d in dims) for dims, _, _ in views)
         if group[0] not in joined:
-            weight = make("join", *[member.inputs[1] for member in group], dim=name, size=offset,
-                          parts=tuple((tuple(d.name for d in dims), strides, at) for dims, strides, at in views), origin=group[0].origin)
+            weight = make(
+                "join",
+                *[member.inputs[1] for member in group],
+                dim=name,
+                size=offset,
+                parts=tuple((tuple(d.name for d in dims), strides, at) for dims, strides, at in views),
+                origin=group[0].origin,
+            )
             joined[group[0]] = make("contract", inputs[0], weight, over=over, origin=group[0].origin)
         dims, strides, at = views[group.index(value)]
-        return make("split", joined[group[0]], dim=name, into=tuple(d.name for d in dims), sizes=tuple(d.size for d in dims),
-                    strides=strides, offset=at, origin=value.origin)
+        return make(
+            "split",
+            joined[group[0]],
+            dim=name,
+            into=tuple(d.name for d in dims),
+            sizes=tuple(d.size for d in dims),
+            strides=strides,
+            offset=at,
+            origin=value.origin,
+        )
 
     return rewrite(graph, rule)

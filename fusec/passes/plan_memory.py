@@ -2,8 +2,8 @@
 
     before   %9 = get(%8) index=0 : x[T, D]              after   %9 = get(%8) index=0 offset=8192 : x[T, D]
 
-Addresses are bytes per token: a result of n bytes a token at offset o lies at `o · max_tokens`, so that addresses are fixed for any step
-(what CUDA graphs need). Caches are not in the arena; neither are the graph's outputs, which the caller keeps.
+Addresses are bytes per token: a result of n bytes a token at offset o lies at `o · max_tokens`, so that addresses are fixed
+for any step (what CUDA graphs need). Caches are not in the arena; neither are the graph's outputs, which the caller keeps.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ def plan_memory(graph: Graph) -> Graph:
             offsets[value] = offset
             live.append((offset, offset + size, last.get(value, i)))
             high = max(high, offset + size)
-    planned = rewrite(graph, lambda value, inputs: replace(value, inputs=inputs, attrs=value.attrs | {"offset": offsets[value]})
-                      if value in offsets else None)
+    planned = rewrite(
+        graph,
+        lambda value, inputs: (
+            replace(value, inputs=inputs, attrs=value.attrs | {"offset": offsets[value]}) if value in offsets else None
+        ),
+    )
     return Graph(planned.name, planned.inputs, planned.outputs, planned.attrs | {"arena": high})

@@ -3,8 +3,10 @@
     before   %h = … : x[T, D]                            after   %s = gather(%h, %rows) dim="T" : x[T', D]
              %y = contract(norm(%h), %w) : x[T, V]               %y = contract(norm(%s), %w) : x[T', V]
 
-The program describes every token's logits; a server wants one row of each sequence. The selection is made at the last value that all of
-the head's input is computed from (the last residual sum): the lowest single point of its dataflow above the matrices of the last layer.
+The program describes every token's logits; a server wants one row of each sequence. The selection is made at the last value
+that all of
+the head's input is computed from (the last residual sum): the lowest single point of its dataflow above the matrices of the
+last layer.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def select_rows(graph: Graph) -> Graph:
             if value.op in ("input", "get"):
                 selected[value] = make("gather", value, rows, dim="T", origin=value.origin)
             else:
-                selected[value] = replace(value, inputs=tuple(map(select, value.inputs)), dims=tuple(N if d == T else d for d in value.dims))
+                selected[value] = replace(
+                    value, inputs=tuple(map(select, value.inputs)), dims=tuple(N if d == T else d for d in value.dims)
+                )
         return selected[value]
 
     return Graph(graph.name, (*graph.inputs, rows), tuple(map(select, graph.outputs)), graph.attrs)

@@ -3,21 +3,38 @@
     before   %5 = mul(%contract, %rstd) : f32[T, A + B]        after   %6 = split(%contract) dim="A + B" into=("A",) …
              %6 = split(%5) dim="A + B" into=("A",) …                  %7 = mul(%6, %rstd) : f32[T, A]
 
-Afterwards every split reads a value that some kernel loads or contracts, and every join is read by a store: the form that fusion and
-code generation rely on. Arithmetic is unchanged, but for literals, which are folded in Python's float64.
+Afterwards every split reads a value that some kernel loads or contracts, and every join is read by a store: the form that
+fusion and code generation rely on. Arithmetic is unchanged, but for literals, which are folded in Python's float64.
 """
 
 from __future__ import annotations
 
 import math
 
-from ..ir.graph import Graph, Value, replace, rewrite
+from ..ir.graph import Graph, N, T, Value, replace, rewrite
 from ..ir.ops import OPS, make
 
-FOLD = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b, "pow": lambda a, b: a ** b,
-        "mod": lambda a, b: a % b, "neg": lambda a: -a, "abs": abs, "exp": math.exp, "log": math.log, "sqrt": math.sqrt, "sin": math.sin,
-        "cos": math.cos, "tanh": math.tanh, "erf": math.erf, "floor": math.floor, "rsqrt": lambda a: 1 / math.sqrt(a),
-        "maximum": max, "minimum": min}
+FOLD = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "pow": lambda a, b: a**b,
+    "mod": lambda a, b: a % b,
+    "neg": lambda a: -a,
+    "abs": abs,
+    "exp": math.exp,
+    "log": math.log,
+    "sqrt": math.sqrt,
+    "sin": math.sin,
+    "cos": math.cos,
+    "tanh": math.tanh,
+    "erf": math.erf,
+    "floor": math.floor,
+    "rsqrt": lambda a: 1 / math.sqrt(a),
+    "maximum": max,
+    "minimum": min,
+}
 
 
 def simplify(graph: Graph) -> Graph:
@@ -49,7 +66,8 @@ def simplify(graph: Graph) -> Graph:
 
 
 def read_whole(graph: Graph) -> set[Value]:
-    """Values that something reads undivided: a result, a reduction, a contraction, or an elementwise value that is itself read so."""
+    """Values that something reads undivided: a result, a reduction, a contraction, or an elementwise value that is itself
+    read so."""
     users, found = graph.users(), set(graph.outputs)
     for value in reversed(graph.walk()):
         for user in users.get(value, ()):
@@ -71,12 +89,23 @@ def algebra(value: Value, build) -> Value | None:
         for _ in range(int(inputs[1].attrs["value"]) - 1):
             result = build("mul", result, base, origin=value.origin)
         return result
-    if value.op in ("mul", "div") and inputs[1].op == "const" and inputs[1].attrs["value"] == 1 and inputs[0].dtype == value.dtype:
+    if value.op == "contract" and not tokens(inputs[0]) and tokens(inputs[1]):
+        return build("contract", inputs[1], inputs[0], over=value.attrs["over"], origin=value.origin)
+    if (
+        value.op in ("mul", "div")
+        and inputs[1].op == "const"
+        and inputs[1].attrs["value"] == 1
+        and inputs[0].dtype == value.dtype
+    ):
         return inputs[0]
     if value.op == "sum" and inputs[0].op == "mul" and all(n in i.names for n in value.attrs["over"] for i in inputs[0].inputs):
         product = build("contract", *inputs[0].inputs, over=value.attrs["over"], origin=value.origin)
         return product if product.dims == value.dims and product.dtype == value.dtype else None
     return None
+
+
+def tokens(value: Value) -> bool:
+    return T in value.dims or N in value.dims
 
 
 def movement(value: Value, build, kept) -> Value | None:
@@ -98,14 +127,21 @@ def movement(value: Value, build, kept) -> Value | None:
         if source.op == "join" and source.attrs["dim"] == name:
             for operand, (names, strides, offset) in zip(source.inputs, source.attrs["parts"], strict=True):
                 if names == value.attrs["into"] and strides == value.attrs["strides"] and offset == value.attrs["offset"]:
-                    return operand if operand.dtype == value.dtype else build("cast", operand, to=value.dtype, origin=value.origin)
+                    return (
+                        operand if operand.dtype == value.dtype else build("cast", operand, to=value.dtype, origin=value.origin)
+                    )
         if source.op == "split" and name in source.attrs["into"]:
             return compose(source, value, build)
         if source.op == "weight":
             return narrow(source, value)
     if OPS[value.op].kind == "elementwise" and len(value.inputs) == 1 and value.inputs[0].op == "join":
         join = value.inputs[0]
-        return build("join", *[build(value.op, i, origin=value.origin, **value.attrs) for i in join.inputs], origin=join.origin, **join.attrs)
+        return build(
+            "join",
+            *[build(value.op, i, origin=value.origin, **value.attrs) for i in join.inputs],
+            origin=join.origin,
+            **join.attrs,
+        )
     return None
 
 
@@ -114,10 +150,16 @@ def compose(outer: Value, inner: Value, build) -> Value:
     a, b = outer.attrs, inner.attrs
     at = a["into"].index(b["dim"])
     step = a["strides"][at]
-    return build("split", outer.inputs[0], dim=a["dim"], into=a["into"][:at] + b["into"] + a["into"][at + 1:],
-                 sizes=a["sizes"][:at] + b["sizes"] + a["sizes"][at + 1:],
-                 strides=a["strides"][:at] + tuple(s * step for s in b["strides"]) + a["strides"][at + 1:],
-                 offset=a["offset"] + b["offset"] * step, origin=inner.origin)
+    return build(
+        "split",
+        outer.inputs[0],
+        dim=a["dim"],
+        into=a["into"][:at] + b["into"] + a["into"][at + 1 :],
+        sizes=a["sizes"][:at] + b["sizes"] + a["sizes"][at + 1 :],
+        strides=a["strides"][:at] + tuple(s * step for s in b["strides"]) + a["strides"][at + 1 :],
+        offset=a["offset"] + b["offset"] * step,
+        origin=inner.origin,
+    )
 
 
 def narrow(weight: Value, split: Value) -> Value:
@@ -126,5 +168,6 @@ def narrow(weight: Value, split: Value) -> Value:
     strides = weight.attrs["strides"]
     attrs = weight.attrs | {
         "offset": weight.attrs["offset"] + split.attrs["offset"] * strides[at],
-        "strides": strides[:at] + tuple(s * strides[at] for s in split.attrs["strides"]) + strides[at + 1:]}
+        "strides": strides[:at] + tuple(s * strides[at] for s in split.attrs["strides"]) + strides[at + 1 :],
+    }
     return replace(weight, attrs=attrs, dims=split.dims)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fusec.compiler import compile
-from fusec.ir.interpreter import EXACT, Evaluator, dtypes
+from fusec.ir.interpreter import EXACT, Evaluator
 from fusec.language import load
 from fusec.runtime.batch import Batch
 from fusec.runtime.torch_program import TorchProgram
@@ -28,7 +28,8 @@ class Report:
 
 
 class Shared(RandomWeights):
-    """Random weights drawn in float32 and rounded to the program's dtype once, so that the oracle sees the very numbers that it uses."""
+    """Random weights drawn in float32 and rounded to the program's dtype once, so that the oracle sees the very numbers that
+    it uses."""
 
     def __init__(self, seed, dtype, device, stored):
         super().__init__(seed, dtype, device)
@@ -41,26 +42,40 @@ class Shared(RandomWeights):
 
 def make_batch(starts, counts, block_size, blocks_per_sequence, vocab, generator, device, ids):
     """Sequence b has `starts[b]` tokens in the cache and `counts[b]` new ones; pages are shuffled."""
-    order = torch.randperm(len(starts) * blocks_per_sequence, generator=torch.Generator().manual_seed(1)).view(len(starts), -1).int()
+    order = (
+        torch.randperm(len(starts) * blocks_per_sequence, generator=torch.Generator().manual_seed(1)).view(len(starts), -1).int()
+    )
     positions = torch.cat([torch.arange(s, s + c) for s, c in zip(starts, counts)]).int()
     owner = torch.repeat_interleave(torch.arange(len(starts)), torch.tensor(counts))
     slots = order[owner, positions.long() // block_size].long() * block_size + positions % block_size
     ends = torch.tensor([0, *counts]).cumsum(0).int()
-    tokens = torch.cat([ids[b][s:s + c] for b, (s, c) in enumerate(zip(starts, counts))]).int()
+    tokens = torch.cat([ids[b][s : s + c] for b, (s, c) in enumerate(zip(starts, counts))]).int()
     to = lambda t: t.to(device)  # noqa: E731
-    return Batch(ids=to(tokens), positions=to(positions), slots=to(slots), query_starts=to(ends),
-                 context_lens=to(torch.tensor([s + c for s, c in zip(starts, counts)]).int()), block_tables=to(order),
-                 rows=to(torch.arange(len(tokens)).int()), max_query=max(counts), max_context=64)
+    return Batch(
+        ids=to(tokens),
+        positions=to(positions),
+        slots=to(slots),
+        query_starts=to(ends),
+        context_lens=to(torch.tensor([s + c for s, c in zip(starts, counts)]).int()),
+        block_tables=to(order),
+        rows=to(torch.arange(len(tokens)).int()),
+        max_query=max(counts),
+        max_context=64,
+    )
 
 
-def check(example, config, *, dtype, device, make_program, lengths=(5, 19, 1), decode_steps=2, seed=0, block_size=4, source=None) -> Report:
+def check(
+    example, config, *, dtype, device, make_program, lengths=(5, 19, 1), decode_steps=2, seed=0, block_size=4, source=None
+) -> Report:
     """Prefill, then decode, of sequences of odd lengths; every row's logits compared."""
     generator = torch.Generator().manual_seed(seed)
     source = source or EXAMPLES / f"{example}.fuse"
     name = str(dtype).removeprefix("torch.")
     compiled = compile(source, config, dtype=name, verify=True)
     program = make_program(compiled, Shared(seed, dtype, device, dtype))
-    plain = TorchProgram(compile(source, config, dtype=name, backend="torch"), Shared(seed, dtype, device, dtype), dtype, torch.device(device))
+    plain = TorchProgram(
+        compile(source, config, dtype=name, backend="torch"), Shared(seed, dtype, device, dtype), dtype, torch.device(device)
+    )
     exact = Evaluator(load(source, config), EXACT, weight=Shared(seed, torch.float64, "cpu", dtype))
     vocab = program.vocab_size
     total = [n + decode_steps for n in lengths]
@@ -70,7 +85,9 @@ def check(example, config, *, dtype, device, make_program, lengths=(5, 19, 1), d
         p.allocate_cache(blocks * len(lengths), block_size)
     ours, theirs, reference = [], [], []
     truth = [exact(ids=i, pos=torch.arange(len(i)))[0] for i in ids]
-    steps = [([0] * len(lengths), list(lengths))] + [([n + i for n in lengths], [1] * len(lengths)) for i in range(decode_steps - 1)]
+    steps = [([0] * len(lengths), list(lengths))] + [
+        ([n + i for n in lengths], [1] * len(lengths)) for i in range(decode_steps - 1)
+    ]
     steps += [([lengths[0] + decode_steps - 1], [1])]  # one sequence alone: the one-token kernels
     for starts, counts in steps:
         alone = len(starts) == 1
@@ -81,32 +98,131 @@ def check(example, config, *, dtype, device, make_program, lengths=(5, 19, 1), d
             batch.slots = (order[0, starts[0] // block_size].long() * block_size + starts[0] % block_size).view(1).to(device)
         ours.append(program.forward(batch).double().cpu())
         theirs.append(plain.forward(batch).double().cpu())
-        reference.append(torch.cat([truth[b][s:s + c] for b, (s, c) in enumerate(zip(starts, counts))]))
+        reference.append(torch.cat([truth[b][s : s + c] for b, (s, c) in enumerate(zip(starts, counts))]))
     error = lambda parts: float((torch.cat(parts) - torch.cat(reference)).norm() / torch.cat(reference).norm())  # noqa: E731
     worst = max(float((a - r).norm() / r.norm()) for a, r in zip(ours, reference))
     return Report(error(ours), error(theirs), worst)
 
 
 TINY = {
-    "llama": dict(architectures=["LlamaForCausalLM"], vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=6,
-                  num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True),
-    "qwen3": dict(architectures=["Qwen3ForCausalLM"], vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False),
-    "gemma2": dict(architectures=["Gemma2ForCausalLM"], vocab_size=101, hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-                   num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6, rope_theta=10000.0, sliding_window=7, query_pre_attn_scalar=16,
-                   attn_logit_softcapping=5.0, final_logit_softcapping=3.0, tie_word_embeddings=True),
-    "gpt2": dict(architectures=["GPT2LMHeadModel"], vocab_size=101, n_positions=64, n_embd=48, n_layer=2, n_head=3, layer_norm_epsilon=1e-5,
-                 tie_word_embeddings=True),
-    "qwen2": dict(architectures=["Qwen2ForCausalLM"], vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=4, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False),
-    "phi3": dict(architectures=["Phi3ForCausalLM"], vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False),
-    "olmo2": dict(architectures=["Olmo2ForCausalLM"], vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False),
-    "mistral": dict(architectures=["MistralForCausalLM"], vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=10000.0, sliding_window=6, head_dim=16,
-                    tie_word_embeddings=False),
-    "gemma3": dict(architectures=["Gemma3ForCausalLM"], vocab_size=101, hidden_size=40, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
-                   num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-6, rope_theta=10000.0, rope_local_base_freq=1000.0, sliding_window=7,
-                   query_pre_attn_scalar=16, sliding_window_pattern=2, tie_word_embeddings=True),
+    "llama": dict(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=101,
+        hidden_size=48,
+        intermediate_size=72,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+    ),
+    "qwen3": dict(
+        architectures=["Qwen3ForCausalLM"],
+        vocab_size=101,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+    ),
+    "gemma2": dict(
+        architectures=["Gemma2ForCausalLM"],
+        vocab_size=101,
+        hidden_size=40,
+        intermediate_size=72,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        sliding_window=7,
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+        tie_word_embeddings=True,
+    ),
+    "gpt2": dict(
+        architectures=["GPT2LMHeadModel"],
+        vocab_size=101,
+        n_positions=64,
+        n_embd=48,
+        n_layer=2,
+        n_head=3,
+        layer_norm_epsilon=1e-5,
+        tie_word_embeddings=True,
+    ),
+    "qwen2": dict(
+        architectures=["Qwen2ForCausalLM"],
+        vocab_size=101,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+    ),
+    "phi3": dict(
+        architectures=["Phi3ForCausalLM"],
+        vocab_size=101,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+    ),
+    "olmo2": dict(
+        architectures=["Olmo2ForCausalLM"],
+        vocab_size=101,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+    ),
+    "mistral": dict(
+        architectures=["MistralForCausalLM"],
+        vocab_size=101,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        sliding_window=6,
+        head_dim=16,
+        tie_word_embeddings=False,
+    ),
+    "gemma3": dict(
+        architectures=["Gemma3ForCausalLM"],
+        vocab_size=101,
+        hidden_size=40,
+        intermediate_size=72,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        rope_local_base_freq=1000.0,
+        sliding_window=7,
+        query_pre_attn_scalar=16,
+        sliding_window_pattern=2,
+        tie_word_embeddings=True,
+    ),
 }

@@ -5,7 +5,7 @@ import torch
 from program_checks import EXAMPLES, TINY
 
 from fusec.compiler import compile
-from fusec.ir.interpreter import EXACT, evaluate
+from fusec.ir.interpreter import evaluate
 from fusec.runtime.weights import RandomWeights
 
 

@@ -189,7 +189,7 @@ def test_join_broadcasts_what_a_part_lacks():
     x, y = argument("x", A, T, B), argument("y", C)
     a, b = normal(3, TOKENS, 4), normal(5, seed=1)
     joined = make("join", x, y, dim="Z", size=9, parts=((("B",), (1,), 0), (("C",), (1,), 4)))
-    equal(run([x, y], joined, a, b), torch.cat((a, b.expand(3, TOKENS, 5)), -1))
+    equal(run([x, y], joined, a, b), torch.cat((a, b.expand(3, TOKENS, 5)), -1).transpose(0, 1))  # tokens first
     swapped = make("join", y, x, dim="Z", size=9, parts=((("C",), (1,), 0), (("B",), (1,), 5)))
     expected = torch.cat((b.expand(3, TOKENS, 5), a), -1)
     result = run([x, y], swapped, a, b)
