@@ -107,8 +107,7 @@ class Builder:
         module.program_py = self.write_program()
         return module
 
-    # ---- one kernel
-    # -------------------------------------------------------------------------------------------------------------
+    # ---- one kernel ------------------------------------------------------------------------------------------------
 
     def add(self, kernel: Value):
         make = {"contract": self.contract, "rows": self.rows, "attention": self.attention}.get(kernel.attrs["kind"])
@@ -247,8 +246,7 @@ class Builder:
         ]
         return sources, lines, params
 
-    # ---- where things live
-    # --------------------------------------------------------------------------------------------------------
+    # ---- where things live -----------------------------------------------------------------------------------------
 
     def place(self, kernel: Value, role: tuple, function: Function) -> str:
         if role[0] == "tokens":
@@ -314,8 +312,7 @@ class Builder:
             self.module.weights[name] = Weight(name, value, None if identity else packing)
         return self.weight_names[key]
 
-    # ---- the two files
-    # ---------------------------------------------------------------------------------------------------------------
+    # ---- the two files ---------------------------------------------------------------------------------------------
 
     def write_kernels(self) -> str:
         head = HEADER.format(

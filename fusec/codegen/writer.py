@@ -143,10 +143,12 @@ def fold(text: str, width: int = 120) -> str:
     """Generated source with its long lines folded inside their parentheses."""
     folded = []
     for line in text.split("\n"):
-        if len(line) > width and not line.lstrip().startswith("#"):
+        if len(line) > width and "#" not in line:
             indent = line[: len(line) - len(line.lstrip())]
-            line = textwrap.fill(line.lstrip(), width, initial_indent=indent, subsequent_indent=indent + " " * 8, break_long_words=False,
-                                 break_on_hyphens=False)
+            line = textwrap.fill(
+                line.lstrip(), width, initial_indent=indent, subsequent_indent=indent + " " * 8,
+                break_long_words=False, break_on_hyphens=False,
+            )  # fmt: skip
         folded.append(line)
     return "\n".join(folded)
 

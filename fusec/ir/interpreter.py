@@ -97,8 +97,7 @@ class Evaluator:
         self._static = {v: t for v, t in table.items() if v in needed}
         return {self.number[v]: t for v, t in self._static.items()}
 
-    # ---- one closure per value
-    # --------------------------------------------------------------------------------------------------
+    # ---- one closure per value -------------------------------------------------------------------------------------
 
     def _closure(self, value: Value):
         kind = OPS[value.op].kind

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .graph import NOWHERE, Dim, S, T, Value
+from .graph import NOWHERE, Dim, N, S, T, Value
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def define(name, kind, arity, rule, torch, triton, doc):
 
 
 def make(op: str, *inputs: Value, dtype=None, dims=None, origin=NOWHERE, **attrs) -> Value:
-    """A new value of primitive `op`. `dtype` and `dims` are stated only where the op has no rule (input, weight, index, regions)."""
+    """A new value of primitive `op`. `dtype` and `dims` are stated only for ops that have no rule (input, weight, via…)."""
     rule = OPS[op].rule
     if rule is not None:
         dtype, dims = rule(inputs, attrs)
@@ -81,7 +81,13 @@ def union(*values: Value) -> tuple[Dim, ...]:
             known = table.setdefault(dim.name, dim)
             if known.size != dim.size:
                 raise ShapeError(f"{dim.name} is {known.size} here and {dim.size} there")
-    return tuple(table.values())
+    return tokens_first(table.values())
+
+
+def tokens_first(dims) -> tuple[Dim, ...]:
+    """The dims with the tokens' in front: how results lie in memory, a token's row contiguous."""
+    dims = tuple(dims)
+    return tuple(d for d in dims if d in (T, N)) + tuple(d for d in dims if d not in (T, N))
 
 
 def _elementwise(inputs, attrs):
@@ -105,8 +111,8 @@ def _where(inputs, attrs):
 
 define("input", "source", 0, None, "env[name]", None, "A run-time argument. attrs: name.")
 define("weight", "source", 0, None, "as_strided(checkpoint[key])", None,
-       "A component of a checkpoint tensor. attrs: key (with {} where a stack's index stands), shape (of the storage; a stack's count "
-       "first), "
+       "A component of a checkpoint tensor. attrs: key (with {} where a stack's index stands), shape (of the storage; a stack's "
+       "count first), "
        "offset and strides (per dim, in elements of the storage).")
 define("const", "source", 0, lambda i, a: ("weak", ()), "value", None, "A literal number. attrs: value.")
 define("index", "source", 0, None, "arange(size)", None, "0, 1, 2, … along a dim: dims = (that dim,), dtype int.")
@@ -161,8 +167,9 @@ def _contract(inputs, attrs):
         for name in attrs["over"]:
             if name not in value.names:
                 raise ShapeError(f"{name} is contracted but missing from an operand with {', '.join(value.names)}", where)
-    return promote(*inputs), tuple(d for d in union(inputs[0]) + tuple(
-        d for d in inputs[1].dims if d.name not in inputs[0].names) if d.name not in attrs["over"])
+    first, second = inputs if {T, N} & set(inputs[0].dims) else reversed(inputs)  # x @ w and w @ x lie alike
+    dims = first.dims + tuple(d for d in second.dims if d.name not in first.names)
+    return promote(*inputs), tokens_first(d for d in dims if d.name not in attrs["over"])
 
 
 define("sum", "reduction", 1, _reduce, "{0}.sum(axes)", "tl.sum({0}, axis)", "Sum over dims. attrs: over (names).")
@@ -189,6 +196,7 @@ def _join(inputs, attrs):
     rests = [[d for d in v.dims if d.name not in names] for v, (names, _, _) in zip(inputs, parts, strict=True)]
     outer = union(*(Value("", dims=rest) for rest in rests))
     at = min((inputs[0].names.index(n) for n in parts[0][0]), default=len(outer))
+    at = max(at, sum(d in (T, N) for d in outer))
     return promote(*inputs), outer[:at] + (Dim(attrs["dim"], attrs["size"]),) + outer[at:]
 
 

@@ -84,8 +84,7 @@ class Fuser:
                 if value not in self.owner:
                     self.add_root(value)
 
-    # ---- anchors and their epilogues
-    # ----------------------------------------------------------------------------------------------
+    # ---- anchors and their epilogues -------------------------------------------------------------------------------
 
     def form_anchors(self):
         for value in self.order:
@@ -189,8 +188,7 @@ class Fuser:
         spaces[user] = spaces[inside[0]]
         return None
 
-    # ---- what anchors read, and the rest
-    # -------------------------------------------------------------------------------------------
+    # ---- what anchors read, and the rest ---------------------------------------------------------------------------
 
     def form_rows(self):
         for value in self.order:  # rows are picked from a table that lies in memory
@@ -315,8 +313,7 @@ class Fuser:
                 self.owner.update(dict.fromkeys(group.outputs, first))
                 self.groups.remove(group)
 
-    # ---- the graph of kernels
-    # -----------------------------------------------------------------------------------------------------
+    # ---- the graph of kernels --------------------------------------------------------------------------------------
 
     def assemble(self) -> Graph:
         pieces = {}
