@@ -27,8 +27,8 @@ class Compiled:
     """A compiled program.
 
     config: the keys of config.json it was compiled for (None: the program's own defaults).  graph: of kernels (triton) or
-    of primitives (torch).  stages: the graph after each pass, if they were kept.  module: the generated source (triton backend only).
-    seconds: time by phase.
+    of primitives (torch).  stages: the graph after each pass, if they were kept.  module: the generated source (triton
+    backend only).  seconds: time by phase.
     """
 
     source: Path | str

@@ -59,15 +59,15 @@ def load_program(
     from fusec.runtime.weights import Loader, RandomWeights
 
     torch_dtype = getattr(torch, name)
-    loader = (
-        RandomWeights(seed, torch_dtype, device)
-        if load_format == "random" or isinstance(model, dict)
-        else Loader(model, torch_dtype, device)
-    )
+    counted = {"total": sum(v.op == "weight" for v in compiled.graph.walk()), "progress": progress}
+    if load_format == "random" or isinstance(model, dict):
+        loader = RandomWeights(seed, torch_dtype, device, **counted)
+    else:
+        loader = Loader(model, torch_dtype, device, **counted)
     if device.type == "cuda":
         from fusec.runtime.triton_program import TritonProgram
 
-        return TritonProgram(compiled, loader, torch_dtype, device, max_tokens=max_tokens, progress=progress)
+        return TritonProgram(compiled, loader, torch_dtype, device, max_tokens=max_tokens)
     from fusec.runtime.torch_program import TorchProgram
 
     return TorchProgram(compiled, loader, torch_dtype, device)

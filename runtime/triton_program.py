@@ -25,7 +25,7 @@ class TritonProgram:
     supports_graphs = True
 
     def __init__(
-        self, compiled: Compiled, loader: Loader, dtype: torch.dtype, device: torch.device, *, max_tokens: int, progress=None
+        self, compiled: Compiled, loader: Loader, dtype: torch.dtype, device: torch.device, *, max_tokens: int
     ):
         module = compiled.module
         if device.type == "cuda" and device.index is None:
@@ -40,10 +40,8 @@ class TritonProgram:
             triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
         self.program.PDL = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self.weights: dict[str, torch.Tensor] = {}
-        for i, weight in enumerate(module.weights.values()):
+        for weight in module.weights.values():
             self.weights[weight.name] = prepare(weight, loader, dtype)
-            if progress:
-                progress(i + 1, len(module.weights))
         self.arena = torch.empty(compiled.graph.attrs["arena"] * self.max_tokens, dtype=torch.uint8, device=device)
         for name, (offset, numel, kind) in module.buffers.items():
             view = self.arena[offset * self.max_tokens :].view(getattr(torch, kind))[: numel * self.max_tokens]

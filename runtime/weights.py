@@ -1,9 +1,8 @@
 """Weights as the compiled program wants them: read from the checkpoint, combined, packed, on the device.
 
 A module names each tensor it needs by the graph that computes it from checkpoint tensors (merged projections, folded norm
-weights,
-tables of frequencies). That graph runs once, here, on the device; contraction weights are then packed row by row as their
-kernel reads them.
+weights, tables of frequencies). That graph runs once, here, on the device; contraction weights are then packed row by row as
+their kernel reads them.
 """
 
 from __future__ import annotations
@@ -23,8 +22,10 @@ from fusec.runtime.checkpoint import check_finite
 class Loader:
     """Hands out checkpoint tensors as `weight` values ask for them, in the model's dtype, on the device."""
 
-    def __init__(self, checkpoint, dtype: torch.dtype, device):
+    def __init__(self, checkpoint, dtype: torch.dtype, device, *, total: int = 0, progress=None):
+        """progress(done, total): called as each of `total` tensors is read."""
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.done, self.total, self.progress = 0, total, progress
 
     def __call__(self, value: Value) -> torch.Tensor:
         shape = value.attrs["shape"]
@@ -33,6 +34,9 @@ class Loader:
             storage = torch.stack([self.storage(key.format(i), shape[1:]) for i in range(shape[0])])
         else:
             storage = self.storage(key, shape)
+        self.done += 1
+        if self.progress:
+            self.progress(min(self.done, self.total), self.total)
         return storage_view(storage, value)
 
     def storage(self, key: str, shape) -> torch.Tensor:
@@ -49,8 +53,8 @@ class Loader:
 class RandomWeights(Loader):
     """Weights drawn from a seed, of a scale that keeps activations of order one; the same for any dtype and device order."""
 
-    def __init__(self, seed: int, dtype: torch.dtype, device):
-        super().__init__(None, dtype, device)
+    def __init__(self, seed: int, dtype: torch.dtype, device, **progress):
+        super().__init__(None, dtype, device, **progress)
         self.seed = seed
 
     def storage(self, key: str, shape) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """A contraction kernel, taken apart for the templates: packed weight, prologue, side reductions, epilogue.
 
 A kernel body holds one contraction `x[rows, K…] @ w[K…, N…]` and an epilogue over components of its result. The epilogue
-reads the
-result through *leaves*, affine views of the flat N axis (gate and up; the halves of q that rope turns). Leaves read together
-form a *segment* with its own index space; its outputs are stored at affine addresses. All segments of a kernel are one launch:
+reads the result through *leaves*, affine views of the flat N axis (gate and up; the halves of q that rope turns). Leaves read
+together form a *segment* with its own index space; its outputs are stored at affine addresses. All segments of a kernel are
+one launch:
 
     the weight is packed, when the model is loaded, as [LEAVES, ROWS, K]: row n of each leaf side by side, segment after segment.
 
@@ -52,9 +52,8 @@ class Contraction:
     """The parts of a contraction kernel's body.
 
     anchor: the contraction.  x: its moving operand, an expression over the body's inputs.  weight: the index of the body
-    input that
-    holds the matrix.  k_dims: the contracted dims in x's order.  rows: the run-time dim.  leaves, n: LEAVES and ROWS of the
-    packed weight. before: reductions that x itself needs.  beside: reductions that only the epilogue needs.
+    input that holds the matrix.  k_dims: the contracted dims in x's order.  rows: the run-time dim.  leaves, n: LEAVES and
+    ROWS of the packed weight. before: reductions that x itself needs.  beside: reductions that only the epilogue needs.
     """
 
     def __init__(self, body: Graph):

@@ -1,10 +1,9 @@
 """Expressions of the graph as lines of Triton.
 
 Inside a kernel arithmetic is float32 (integers and booleans stay what they are): values are widened as they are loaded and
-rounded as
-they are stored. An `Emitter` writes the expression of a value at given *coordinates*: for each dim, the text of an index and
-the side
-of the tile on which it runs. Templates own the tiling; everything between a load and a store is written here, from the op table.
+rounded as they are stored. An `Emitter` writes the expression of a value at given *coordinates*: for each dim, the text of an
+index and the side of the tile on which it runs. Templates own the tiling; everything between a load and a store is written
+here, from the op table.
 """
 
 from __future__ import annotations

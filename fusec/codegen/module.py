@@ -2,8 +2,8 @@
 provide.
 
 Kernels of like layers have the same text and become one function. `program.py` holds one function a kernel, which picks the
-form and
-the tiles by the number of tokens, and `step`, which calls them in order. Both are ordinary Python: edit a kernel and run.
+form and the tiles by the number of tokens, and `step`, which calls them in order. Both are ordinary Python: edit a kernel and
+run.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The graph: typed values over named dims, in static single assignment.
 
 A `Value` is the result of one primitive op (see `ops.py`). Its `dims` name its axes: two values are combined by matching
-names, never
-positions, and the order of a value's dims is the compiler's to choose. Two dims have no size before run time: `T`, the packed
-tokens of the step, and `S`, the history of one sequence; all others are integers from the model's config.
+names, never positions, and the order of a value's dims is the compiler's to choose. Two dims have no size before run time:
+`T`, the packed tokens of the step, and `S`, the history of one sequence; all others are integers from the model's config.
 
 A storage axis is arithmetic over dims (`G*R*K + G*K + G*K`). In the graph each of its components is an *affine view*: an
 offset and one stride per dim, in elements of the flat axis. `weight`, `split` and `join` all speak of axes in that one way.
@@ -111,9 +110,8 @@ def rewrite(graph: Graph, rule, new: dict[Value, Value] | None = None) -> Graph:
     """A copy of `graph` in which every value is replaced by `rule(value, inputs)`, operands first.
 
     `rule` gets the old value and its already rewritten operands, and returns a Value, or None to keep the value as it is
-    (copied only
-    if an operand changed). Sharing is kept: each old value is rewritten once. `new`, if given, is filled with old -> rewritten
-    as the walk goes on, for rules that need more than a value's own operands.
+    (copied only if an operand changed). Sharing is kept: each old value is rewritten once. `new`, if given, is filled with
+    old -> rewritten as the walk goes on, for rules that need more than a value's own operands.
     """
     new = {} if new is None else new
     for value in graph.walk():

@@ -1,8 +1,8 @@
 """The graph's meaning in torch: the oracle of every test, and the `torch` backend.
 
 `Evaluator(graph, ...)` prepares one closure per value; calling it runs them in order. Values that depend on weights and
-constants alone
-are computed once, at preparation. Contractions with such a matrix keep it as an `[N, K]`, so that they are a plain linear.
+constants alone are computed once, at preparation. Contractions with such a matrix keep it as an `[N, K]`, so that they are a
+plain linear.
 
 Types are a table, so the same graph runs in float64 (`EXACT`), float32 or bfloat16: `{"x": torch.bfloat16, "f32":
 torch.float32, …}`.

@@ -322,8 +322,9 @@ class Elaborator(Blocks):
         raise Problem("FUS021", "dimension mismatch", called, text, related=related, hint=hint)
 
     def producer(self, value: Value, wanted) -> syntax.Field | None:
-        """The field of the nearest weight behind `value` whose output has some but not all of the wanted dims."""
-        names, seen, queue = {d.name for d in wanted}, set(), [value]
+        """The first declared of the weights behind `value` whose output has some but not all of the wanted dims: of q, k and v it
+        is q's dims that an attention's result has."""
+        names, seen, queue, found = {d.name for d in wanted}, set(), [value], []
         while queue and len(seen) < 500:
             value = queue.pop(0)
             if value in seen:
@@ -333,9 +334,9 @@ class Elaborator(Blocks):
                 field = self.fields_at.get(value.origin.path)
                 target = {d.name for d in value.dims}
                 if field is not None and target & names and not names <= target and isinstance(field.type, syntax.Subscript):
-                    return field
+                    found.append(field)
             queue += value.inputs
-        return None
+        return min(found, key=lambda field: field.type.span.start, default=None)
 
 
 def _corrected(field: syntax.Field, wanted: tuple[Dim, ...]) -> str | None:

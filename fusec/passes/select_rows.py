@@ -4,9 +4,8 @@
              %y = contract(norm(%h), %w) : x[T, V]               %y = contract(norm(%s), %w) : x[T', V]
 
 The program describes every token's logits; a server wants one row of each sequence. The selection is made at the last value
-that all of
-the head's input is computed from (the last residual sum): the lowest single point of its dataflow above the matrices of the
-last layer.
+that all of the head's input is computed from (the last residual sum): the lowest single point of its dataflow above the
+matrices of the last layer.
 """
 
 from __future__ import annotations
