@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from ..ir.graph import Graph, Value
 from ..ir.ops import OPS
 from ..passes.analysis import RUNTIME, axis, cone
+from .attention import Unmatched
 from .expressions import row_major
 
 
@@ -53,12 +54,19 @@ class Contraction:
 
     anchor: the contraction.  x: its moving operand, an expression over the body's inputs.  weight: the index of the body
     input that holds the matrix.  k_dims: the contracted dims in x's order.  rows: the run-time dim.  leaves, n: LEAVES and
-    ROWS of the packed weight. before: reductions that x itself needs.  beside: reductions that only the epilogue needs.
+    ROWS of the packed weight.  before: reductions that x, or another reduction, needs.  beside: those that only the epilogue
+    needs.  Raises Unmatched for a contraction that is no product of tokens and a matrix.
     """
 
     def __init__(self, body: Graph):
         self.body = body
-        self.anchor = anchor = next(v for v in body.walk() if v.op == "contract" and v.inputs[1].op == "input")
+        anchor = next((v for v in body.walk() if v.op == "contract" and v.inputs[1].op == "input"), None)
+        if anchor is None or any(n in RUNTIME for n in anchor.inputs[1].names):
+            raise Unmatched("a contraction of two values that both change with every token")
+        others = [n for n in axis(anchor.inputs[0]) if n not in anchor.attrs["over"]]
+        if others:
+            raise Unmatched(f"a contraction for each {', '.join(others)} of every token")
+        self.anchor = anchor
         self.x, matrix = anchor.inputs
         self.weight = body.inputs.index(matrix)
         self.matrix = matrix
@@ -77,6 +85,7 @@ class Contraction:
         self.n = start
         prologue = set(cone(self.x, lambda v: v.op == "input"))
         reductions = [v for v in body.walk() if OPS[v.op].kind == "reduction" and v not in after]
+        prologue |= {i for v in reductions for i in cone(v.inputs[0], lambda v: v.op == "input")}
         self.before = [v for v in reductions if v in prologue]
         self.beside = [v for v in reductions if v not in prologue]
 

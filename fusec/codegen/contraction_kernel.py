@@ -63,9 +63,9 @@ def contraction(
         rows = []
         for value in values:
             identity, update, _ = REDUCE[value.op]
-            text = emitter.write(value.inputs[0])
+            text = strip(emitter.write(value.inputs[0]))
             if masked_k:
-                text = f"tl.where(k_mask, {strip(text)}, {identity})"
+                text = f"tl.where(k_mask, {text}, {identity})"
             label = w.names.fresh(value.op)
             whole = f"tl.{'max' if value.op == 'max' else 'sum'}({label}_k, {shape.reduce}"
             scale = f" / {parts.k}" if value.op == "mean" else ""
@@ -76,7 +76,7 @@ def contraction(
                     "identity": identity,
                     "value": text,
                     "op": value,
-                    "step": update.format(f"{label}_k", text),
+                    "step": update.format(f"{label}_k", text if text.isidentifier() or text.startswith("tl.") else f"({text})"),
                     "finish": whole + scale,
                     "collapse": whole,
                     "scale": scale,

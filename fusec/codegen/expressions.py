@@ -114,7 +114,8 @@ class Emitter:
                     f"{t}.to(tl.float32)" if i.dtype == "int" and i.op != "const" and value.dtype in ("x", "f32") else t
                     for t, i in zip(operands, value.inputs, strict=True)
                 ]
-            text = OPS[op].triton.format(*operands)
+            spelling = OPS[op].triton
+            text = spelling.format(*(map(strip, operands) if spelling.startswith("tl.") else operands))
             return f"({text})" if op in INFIX or op == "neg" else text
         raise NotImplementedError(f"{op} has no place in an expression of {self.body.name}")
 

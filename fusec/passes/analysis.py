@@ -27,12 +27,6 @@ def is_anchor(value: Value, static: set[Value]) -> bool:
     return value.op == "contract" and value not in static
 
 
-def brings_dims(value: Value) -> bool:
-    """A contraction of which each operand has a dim that the other lacks: a product of matrices. Another is a dot product of rows."""
-    a, b = (set(i.names) - set(value.attrs["over"]) for i in value.inputs)
-    return bool(a - b) and bool(b - a)
-
-
 def levels(graph: Graph, static: set[Value]) -> dict[Value, int]:
     """value -> the most anchors on any path to it. What has a smaller level than an anchor cannot depend on it."""
     table: dict[Value, int] = {}

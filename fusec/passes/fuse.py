@@ -193,7 +193,7 @@ class Fuser:
     def form_rows(self):
         for value in self.order:  # rows are picked from a table that lies in memory
             if value.op == "gather" and value not in self.static:
-                self.want_unless(self.stored(value.inputs[0]), value.inputs[0])
+                self.wanted.append(value.inputs[0])
         for group in self.groups:
             anchor = group.anchor
             if group.kind == "contract":
@@ -217,8 +217,7 @@ class Fuser:
             if value in roots or self.stored(value):
                 continue
             roots[value] = None
-            for inner in self.foreign_reductions(value):
-                self.wanted.append(inner)
+            self.wanted += self.foreign_reductions(value) + self.inner_joins(value)
         for root in sorted(roots, key=self.position.__getitem__):
             self.add_root(root)
         self.merge_rows()
@@ -274,6 +273,11 @@ class Fuser:
         reductions = [v for v in reversed(cone(root, self.stored)) if OPS[v.op].kind == "reduction"]
         return [v for v in reductions if set(v.attrs["over"]) != set(reductions[0].attrs["over"])]
 
+    def inner_joins(self, root: Value) -> list[Value]:
+        """Joined values that something below `root` reads: they exist only in memory."""
+        inside = cone(root, self.stored)
+        return [i for v in inside if v.op not in ("join", "cache") for i in v.inputs if i.op == "join" and not self.stored(i)]
+
     def row_dims(self, root: Value) -> tuple[str, ...]:
         reductions = [v for v in cone(root, self.stored) if OPS[v.op].kind == "reduction"]
         return reductions[-1].names if reductions else self.rows(root) or ("T",)
@@ -286,6 +290,8 @@ class Fuser:
             if group.kind != "rows" or self.level[group.outputs[0]] != self.level[root] or group.rows != rows:
                 continue
             theirs = {i for v in group.members for i in v.inputs if i not in self.static}
+            if any(i.op == "join" and self.owner.get(i) is group for v in members for i in v.inputs):
+                continue
             if reads & (theirs | set(group.outputs)):
                 group.outputs.append(root)
                 group.members |= members
@@ -364,8 +370,10 @@ class Fuser:
     def name(self, group: Group) -> str:
         """After the weights a kernel contracts with, the template, or the block whose values it stores."""
         if group.kind == "contract":
-            keys = [v.attrs["key"] for v in cone(group.anchor.inputs[1], lambda v: False) if v.op == "weight" and len(v.dims) > 1]
-            return joined_name([block_name(k) for k in keys]) if keys else "contract"
+            weights = [v for v in cone(group.anchor.inputs[1], lambda v: False) if v.op == "weight" and len(v.dims) > 1]
+            if len(weights) == 1 and (block := group.anchor.origin.path.rpartition(".")[2]):
+                return block  # a tied head is called a head
+            return joined_name([block_name(v.attrs["key"]) for v in weights]) or "contract"
         if group.kind == "rows":
             paths = [o.origin.path.rpartition(".")[2] for o in group.members if o.op == "gather" or o in group.outputs]
             return joined_name([p for p in paths if p and not p.isdigit()]) or "rows"

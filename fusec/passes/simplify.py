@@ -98,14 +98,28 @@ def algebra(value: Value, build) -> Value | None:
         and inputs[0].dtype == value.dtype
     ):
         return inputs[0]
-    if value.op == "sum" and inputs[0].op == "mul" and all(n in i.names for n in value.attrs["over"] for i in inputs[0].inputs):
+    if (
+        value.op == "sum"
+        and inputs[0].op == "mul"
+        and are_matrices(*inputs[0].inputs)
+        and all(n in i.names for n in value.attrs["over"] for i in inputs[0].inputs)
+    ):
         product = build("contract", *inputs[0].inputs, over=value.attrs["over"], origin=value.origin)
         return product if product.dims == value.dims and product.dtype == value.dtype else None
+    if value.op == "contract" and not are_matrices(*inputs) and any(map(tokens, inputs)):
+        a, b = (build("cast", i, to="f32", origin=value.origin) for i in inputs)
+        dot = build("sum", build("mul", a, b, origin=value.origin), over=value.attrs["over"], origin=value.origin)
+        return build("cast", dot, to=value.dtype, origin=value.origin) if dot.dims == value.dims else None
     return None
 
 
 def tokens(value: Value) -> bool:
     return T in value.dims or N in value.dims
+
+
+def are_matrices(a: Value, b: Value) -> bool:
+    """Each has a dim that the other lacks. The contraction of others is a dot product, row by row."""
+    return not set(a.names) <= set(b.names) and not set(b.names) <= set(a.names)
 
 
 def movement(value: Value, build, kept) -> Value | None:
