@@ -217,7 +217,7 @@ class Fuser:
             if value in roots or self.stored(value):
                 continue
             roots[value] = None
-            self.wanted += self.foreign_reductions(value) + self.inner_joins(value)
+            self.wanted += self.foreign_reductions(value) + self.taken_from_memory(value)
         for root in sorted(roots, key=self.position.__getitem__):
             self.add_root(root)
         self.merge_rows()
@@ -262,6 +262,8 @@ class Fuser:
             elif kind == "reduction":
                 if set(v.attrs["over"]) != set(over):
                     return False
+            elif v.op == "split" and OPS[v.inputs[0].op].kind == "reduction":
+                return False
             elif kind not in ("elementwise",) and v.op not in ("split", "index"):
                 return False
             if not set(v.names) <= set(dims) | {N.name, T.name}:
@@ -273,10 +275,10 @@ class Fuser:
         reductions = [v for v in reversed(cone(root, self.stored)) if OPS[v.op].kind == "reduction"]
         return [v for v in reductions if set(v.attrs["over"]) != set(reductions[0].attrs["over"])]
 
-    def inner_joins(self, root: Value) -> list[Value]:
-        """Joined values that something below `root` reads: they exist only in memory."""
-        inside = cone(root, self.stored)
-        return [i for v in inside if v.op not in ("join", "cache") for i in v.inputs if i.op == "join" and not self.stored(i)]
+    def taken_from_memory(self, root: Value) -> list[Value]:
+        """What is read below `root` at other places than those where it is computed: a joined value, a reduction that is split."""
+        reads = [(v, i) for v in cone(root, self.stored) if v.op not in ("join", "cache") for i in v.inputs if not self.stored(i)]
+        return [i for v, i in reads if i.op == "join" or v.op == "split" and OPS[i.op].kind == "reduction"]
 
     def row_dims(self, root: Value) -> tuple[str, ...]:
         reductions = [v for v in cone(root, self.stored) if OPS[v.op].kind == "reduction"]
@@ -290,7 +292,7 @@ class Fuser:
             if group.kind != "rows" or self.level[group.outputs[0]] != self.level[root] or group.rows != rows:
                 continue
             theirs = {i for v in group.members for i in v.inputs if i not in self.static}
-            if any(i.op == "join" and self.owner.get(i) is group for v in members for i in v.inputs):
+            if any(i in group.outputs and (i.op == "join" or v.op == "split") for v in members for i in v.inputs):
                 continue
             if reads & (theirs | set(group.outputs)):
                 group.outputs.append(root)
@@ -324,11 +326,14 @@ class Fuser:
     def assemble(self) -> Graph:
         pieces = {}
         for group in self.groups:
-
-            def is_leaf(v, group=group):
-                return v not in group.members and (self.stored(v) and not inlined(v))
-
-            pieces[group] = extract(self.name(group), group.outputs, is_leaf)
+            pieces[group] = self.extract(group)
+        while unread := self.unread({leaf for _, leaves in pieces.values() for leaf in leaves}):
+            for group in {self.owner[value] for value in unread}:
+                group.outputs = [value for value in group.outputs if value not in unread]
+                pieces.pop(group)
+                if group.outputs:
+                    pieces[group] = self.extract(group)
+            self.groups = [group for group in self.groups if group.outputs]
         new: dict[Value, Value] = {}
 
         pending, done, stack = set(), set(), list(reversed(self.groups))
@@ -367,11 +372,19 @@ class Fuser:
             self.graph.attrs | {"refusals": tuple(self.refusals)},
         )
 
+    def extract(self, group: Group) -> tuple[Graph, list[Value]]:
+        return extract(self.name(group), group.outputs, lambda v: v not in group.members and self.stored(v) and not inlined(v))
+
+    def unread(self, leaves) -> set[Value]:
+        """Stored values that no kernel reads after all: those that did read them compute them themselves."""
+        return {value for group in self.groups for value in group.outputs if value not in leaves and value not in self.graph.outputs}
+
     def name(self, group: Group) -> str:
         """After the weights a kernel contracts with, the template, or the block whose values it stores."""
         if group.kind == "contract":
             weights = [v for v in cone(group.anchor.inputs[1], lambda v: False) if v.op == "weight" and len(v.dims) > 1]
-            if len(weights) == 1 and (block := group.anchor.origin.path.rpartition(".")[2]):
+            block = group.anchor.origin.path.rpartition(".")[2]
+            if len(weights) == 1 and block.isidentifier():
                 return block  # a tied head is called a head
             return joined_name([block_name(v.attrs["key"]) for v in weights]) or "contract"
         if group.kind == "rows":

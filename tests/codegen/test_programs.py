@@ -11,7 +11,7 @@ if INTERPRETED:
 
     def interpreted(compiled, loader):
         compiled.module.program_py = compiled.module.program_py.replace(", launch_pdl=PDL", "").replace("**launch.options", "num_warps=4")
-        return TritonProgram(compiled, loader, loader.dtype, torch.device("cpu"), max_tokens=64)
+        return TritonProgram(compiled, loader, loader.dtype, torch.device("cpu"), max_tokens=80)
 
     @pytest.mark.parametrize("example", TINY)
     def test_program(example):

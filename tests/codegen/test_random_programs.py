@@ -121,7 +121,7 @@ if INTERPRETED:
         except UserError:
             assume(False)
         for tokens in (1, 3, 66):
-            program = interpreted(Compiled("", kernels, "float32", module), Weights(graph))
+            program = interpreted(Compiled("", None, kernels, "float32", module), Weights(graph))
             program.allocate_cache(-(-tokens // 4), 4)
             ids = [torch.arange(tokens) * 7 % V.size]
             batch = make_batch([0], [tokens], 4, -(-tokens // 4), V.size, None, "cpu", ids)
