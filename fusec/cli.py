@@ -29,6 +29,7 @@ COMMANDS = {
     "run": ("fusec.run", "Answer a prompt."),
     "pull": ("fusec.commands", "Fetch a model into the user's cache."),
     "explain": ("fusec.commands", "Explain a diagnostic (FUS021), or how a program compiles."),
+    "tune": ("fusec.commands", "Measure tiles for a model's shapes on this GPU."),
     "doctor": ("fusec.doctor", "Say what is installed, what is missing, and how to mend it."),
     "bench": ("fusec.bench.cli", "Measure decoding, prefill and kernels."),
 }  # fmt: skip

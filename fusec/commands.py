@@ -246,3 +246,35 @@ def explain(subject, model, dtype, as_json):
     if as_json:
         return print_json(summary(compiled))
     print(explain_program(compiled), end="")
+
+
+@click.command(short_help="Measure tiles for a model's shapes on this GPU.")
+@click.argument("model", metavar="NAME|DIR")
+@click.option("--budget", type=click.FloatRange(10), default=120.0, show_default=True, help="Seconds.")
+@click.option("--form", "forms", multiple=True, type=click.Choice(["gemv", "skinny", "matmul"]), help="Only these forms.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The table.  [default: this GPU's, in the package]")
+def tune(model, budget, forms, dtype, out):
+    """Measure tiles for every contraction of MODEL (a name that bench knows, or a folder with a config.json; random weights).
+
+    A tile is taken only if its results agree with another's. The table is written per GPU and merged with what it holds.
+    """
+    import torch
+
+    from fusec.runtime.program import load_program, pick_device
+
+    from .bench.shapes import config_of
+    from .codegen import schedule
+    from .tune import FORMS, Tuner, write_table
+
+    device = pick_device("cuda")
+    name, config = config_of(model)
+    out = out or schedule.TABLES / f"{schedule.gpu_key(torch.cuda.get_device_name(device))}.json"
+    with working(f"loading {name}"):
+        program = load_program(config, load_format="random", dtype=dtype, device=device, max_tokens=4096)
+        program.allocate_cache(300, 16)
+    tuner = Tuner(program, say=tell)
+    table = tuner.run(budget, forms or FORMS, lambda function, form, tokens, us, tiles: tell(
+        f"{function}, {form} of {tokens} token{'s' if tokens > 1 else ''}: {us:.2f} µs with {tiles}"))
+    write_table(table, out)
+    print(out)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .codegen.module import Module, build
+from .codegen.schedule import DEFAULT
 from .errors import UsageError
 from .ir.graph import Graph, Value
 from .ir.ops import make
@@ -46,6 +47,7 @@ def compile(
     *,
     dtype: str = "bfloat16",
     backend: str = "triton",
+    gpu: str = DEFAULT,
     keep_stages: bool = False,
     verify: bool = False,
 ) -> Compiled:
@@ -53,8 +55,8 @@ def compile(
 
     source: path or text of a `.fuse` program; None finds the example for `config["architectures"][0]`.  config: the keys of a
     config.json; None: the program's own defaults.  dtype: what "x" means: bfloat16, float16 or float32.  backend: "triton"
-    writes kernels; "torch" stops at the graph that torch evaluates.  verify: check the graph between passes.
-    Raises DiagnosticError for mistakes in the program, UserError for the rest.
+    writes kernels; "torch" stops at the graph that torch evaluates.  gpu: whose table of tiles to use (schedule.gpu_key).
+    verify: check the graph between passes.  Raises DiagnosticError for mistakes in the program, UserError for the rest.
     """
     if dtype not in DTYPES:
         raise UsageError("unknown dtype", expected=", ".join(DTYPES), found=str(dtype))
@@ -78,9 +80,8 @@ def compile(
     module = None
     if backend == "triton":
         clock = time.perf_counter()
-        module = build(
-            graph, dtype=dtype, source_lines=SourceLines(source), title=Path(source).name if isinstance(source, Path) else ""
-        )
+        title = Path(source).name if isinstance(source, Path) else ""
+        module = build(graph, dtype=dtype, source_lines=SourceLines(source), title=title, gpu=gpu)
         seconds["codegen"] = time.perf_counter() - clock
     return Compiled(source, config, graph, dtype, module, stages, seconds)
 

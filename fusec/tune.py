@@ -30,6 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 """
+FORMS = ("gemv", "skinny", "matmul")
 TOKENS = {"gemv": (1,), "skinny": (16, 32, 64, 128), "matmul": (4096,)}
 
 
@@ -122,7 +123,7 @@ class Tuner:
         self.folder = Path(tempfile.mkdtemp(prefix="fusec-tune-"))
         self.pool = ProcessPoolExecutor(workers or max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn"))
 
-    def run(self, budget: float, forms=("gemv", "skinny"), on_result=None) -> dict[str, list[dict]]:
+    def run(self, budget: float, forms=FORMS, on_result=None) -> dict[str, list[dict]]:
         """The table of the best tiles found within `budget` seconds."""
         table: dict[str, list[dict]] = {}
         jobs = []

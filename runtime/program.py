@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from fusec.codegen.schedule import gpu_key
 from fusec.compiler import Compiled, compile
 from fusec.errors import DeviceError, UsageError
 from fusec.runtime.batch import Batch
@@ -53,7 +54,10 @@ def load_program(
     device = pick_device(device)
     name = pick_dtype(dtype, device, model if isinstance(model, dict) else model.config)
     config = model if isinstance(model, dict) else model.config
-    compiled = compile(source, config, dtype=name, backend="triton" if device.type == "cuda" else "torch")
+    if device.type == "cuda":
+        compiled = compile(source, config, dtype=name, gpu=gpu_key(torch.cuda.get_device_name(device)))
+    else:
+        compiled = compile(source, config, dtype=name, backend="torch")
     if not isinstance(model, dict) and load_format != "random":
         check_coverage(compiled, model)
     from fusec.runtime.weights import Loader, RandomWeights

@@ -111,8 +111,7 @@ def contraction(
     if many:
         # A reduction beside the contraction loads x again, from cache: Triton 3.6 miscompiles a tile that both an asynchronous
         # tensor-core instruction and an elementwise expression read, once two accumulators are in flight. The eviction policy
-        # keeps the
-        # two loads apart (and tells the truth: every program reads this x).
+        # keeps the two loads apart (and tells the truth: every program reads this x).
         emitter = w.emitter(coords, given, lines)
     beside = reductions(parts.beside, emitter)
     given |= {r["op"]: r["name"] for r in beside}
@@ -163,6 +162,7 @@ def contraction(
                 inner = [f"if (tl.max(n) >= {first}) & (tl.min(n) < {last}):", *["    " + line for line in tidy(inner)]]
             epilogue += tidy(inner)
     early: list[str] = []
+    epilogue = tidy(epilogue)
     if form == "gemv":  # what the epilogue reads is on its way while the weights stream past
         early, epilogue = partition(share(epilogue), {f"y{i}" for i in range(parts.leaves)} | set(given.values()))
     if shape.split:
@@ -179,7 +179,7 @@ def contraction(
         "weight": weight,
         "leaves": parts.leaves,
         "before": before,
-        "lines": tidy(lines, x),
+        "lines": tidy(lines, x, operand, *(r["value"] for r in beside)),
         "x": x,
         "operand": operand,
         "beside": beside,

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+DEFAULT = "nvidia_h200"  # the table of a GPU that has none of its own
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,10 @@ class Matmul:
     stages: int
 
 
-def gemv(rows: int, k: int, leaves: int, itemsize: int = 2) -> Gemv:
+def gemv(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT) -> Gemv:
     """A tile of about 8 KB a warp group: a row is walked in few long steps, and small matrices are spread over all
     multiprocessors."""
-    found = lookup("gemv", rows, k, leaves, itemsize)
+    found = lookup(gpu, "gemv", rows, k, leaves, itemsize)
     if found:
         return Gemv(**found[0])
     block_k = min(2048, padded(k)) if k <= 2048 else next((b for b in (2048, 1024, 512) if k % b == 0), 1024)
@@ -62,9 +65,9 @@ def gemv(rows: int, k: int, leaves: int, itemsize: int = 2) -> Gemv:
     return Gemv(block_n, block_k, 4, 1)
 
 
-def skinny(rows: int, k: int, leaves: int, itemsize: int = 2) -> tuple[Skinny, ...]:
+def skinny(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT) -> tuple[Skinny, ...]:
     """Tall tiles of weights; K is split until every multiprocessor has a tile, and each program still has a few steps."""
-    found = lookup("skinny", rows, k, leaves, itemsize)
+    found = lookup(gpu, "skinny", rows, k, leaves, itemsize)
     if found:
         return tuple(Skinny(**row) for row in found)
     table = []
@@ -78,9 +81,9 @@ def skinny(rows: int, k: int, leaves: int, itemsize: int = 2) -> tuple[Skinny, .
     return tuple(table)
 
 
-def matmul(rows: int, k: int, leaves: int, itemsize: int = 2) -> tuple[Matmul, ...]:
+def matmul(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT) -> tuple[Matmul, ...]:
     """Square tiles for the tensor cores."""
-    found = lookup("matmul", rows, k, leaves, itemsize)
+    found = lookup(gpu, "matmul", rows, k, leaves, itemsize)
     if found:
         return tuple(Matmul(**row) for row in found)
     if itemsize == 4:
@@ -89,18 +92,25 @@ def matmul(rows: int, k: int, leaves: int, itemsize: int = 2) -> tuple[Matmul, .
 
 
 MULTIPROCESSORS = 132
-TARGET = "nvidia_h200"  # whose table is read; a GPU without one takes the cost rules
+
+
+TABLES = Path(__file__).parent / "tables"
 
 
 @functools.cache
-def table(target: str) -> dict[str, list[dict]]:
-    """A shipped table: "form rows k leaves itemsize" -> rows of tiles, by number of tokens."""
-    path = Path(__file__).parent / "tables" / f"{target}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def table(gpu: str) -> dict[str, list[dict]]:
+    """A GPU's shipped table, else the default's: "form rows k leaves itemsize" -> rows of tiles, by number of tokens."""
+    path = TABLES / f"{gpu}.json"
+    return json.loads((path if path.is_file() else TABLES / f"{DEFAULT}.json").read_text())
 
 
-def lookup(form: str, rows: int, k: int, leaves: int, itemsize: int) -> list[dict] | None:
-    return table(TARGET).get(f"{form} {rows} {k} {leaves} {itemsize}")
+def gpu_key(name: str) -> str:
+    """"NVIDIA H200" -> nvidia_h200, the name of its table."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def lookup(gpu: str, form: str, rows: int, k: int, leaves: int, itemsize: int) -> list[dict] | None:
+    return table(gpu).get(f"{form} {rows} {k} {leaves} {itemsize}")
 
 
 def fit(k: int, block: int) -> int:

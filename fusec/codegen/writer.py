@@ -181,7 +181,7 @@ def partition(lines: list[str], late: set[str]) -> tuple[list[str], list[str]]:
 
 
 def tidy(lines: list[str], *read: str) -> list[str]:
-    """Lines without indices that nothing reads, folded to the page's width."""
+    """Lines without the assignments that nothing reads."""
     text = "\n".join([*lines, *read])
-    kept = [line for line in lines if not (m := re.match(r"\s*(i_\w+) = ", line)) or len(re.findall(rf"\b{m[1]}\b", text)) > 1]
+    kept = [line for line in lines if not (m := re.match(r"\s*(\w+) = ", line)) or len(re.findall(rf"(?<!\.)\b{m[1]}\b", text)) > 1]
     return tidy(kept, *read) if len(kept) < len(lines) else kept

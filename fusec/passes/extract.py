@@ -46,9 +46,9 @@ def leaf_name(value: Value) -> str:
         body = value.inputs[0].attrs["body"]
         return result_name(body.outputs[value.attrs["index"]])
     if not set(value.names) & set(RUNTIME):
-        weights = [block_name(v.attrs["key"]) for v in cone(value, lambda v: False) if v.op == "weight" and len(v.dims) > 1]
-        if weights:
-            return joined_name(weights)
+        weights = [v for v in cone(value, lambda v: False) if v.op == "weight"]
+        names = [block_name(v.attrs["key"]) for v in weights if len(v.dims) > 1 or len(value.dims) == 1]
+        return joined_name(names) or ("table" if value.dims else "constant")
     return result_name(value)
 
 

@@ -276,7 +276,7 @@ class Fuser:
         return [v for v in reductions if set(v.attrs["over"]) != set(reductions[0].attrs["over"])]
 
     def taken_from_memory(self, root: Value) -> list[Value]:
-        """What is read below `root` at other places than those where it is computed: a joined value, a reduction that is split."""
+        """What is read below `root` at other places than it is computed at: a joined value, a reduction that is split."""
         reads = [(v, i) for v in cone(root, self.stored) if v.op not in ("join", "cache") for i in v.inputs if not self.stored(i)]
         return [i for v, i in reads if i.op == "join" or v.op == "split" and OPS[i.op].kind == "reduction"]
 
@@ -377,7 +377,8 @@ class Fuser:
 
     def unread(self, leaves) -> set[Value]:
         """Stored values that no kernel reads after all: those that did read them compute them themselves."""
-        return {value for group in self.groups for value in group.outputs if value not in leaves and value not in self.graph.outputs}
+        outputs = {value for group in self.groups for value in group.outputs}
+        return outputs - leaves - set(self.graph.outputs)
 
     def name(self, group: Group) -> str:
         """After the weights a kernel contracts with, the template, or the block whose values it stores."""

@@ -60,7 +60,7 @@ def make_batch(starts, counts, block_size, blocks_per_sequence, vocab, generator
         block_tables=to(order),
         rows=to(torch.arange(len(tokens)).int()),
         max_query=max(counts),
-        max_context=64,
+        max_context=max(64, *(s + c for s, c in zip(starts, counts))),
     )
 
 

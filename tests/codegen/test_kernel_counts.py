@@ -18,7 +18,8 @@ LAYER = {
     "gemma2": "paongdn",  # a norm after each sublayer: one kernel for it and the sum that follows
     "gemma3": "pnaongdn",
 }
-LETTERS = {"q_k_v_proj": "p", "qkv_proj": "p", "c_attn": "p", "attention": "a", "o_proj": "o", "gate_up_proj": "g", "c_fc": "g", "down_proj": "d"}
+LETTERS = {"q_k_v_proj": "p", "qkv_proj": "p", "c_attn": "p", "attention": "a", "o_proj": "o", "gate_up_proj": "g", "c_fc": "g",
+           "down_proj": "d"}
 
 
 def launches(example):

@@ -4,17 +4,19 @@ A program looks a row up in a table of weights, then goes where `random_programs
 splits, joins, attention over a cache. The oracle is the float64 interpreter on the graph as it was made.
 """
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from interpret import INTERPRETED, run_interpreted
 from random_programs import DIMS, MAX_DIMS, _Maker, random_arguments
 
+from fusec.codegen import row_kernel
 from fusec.codegen.module import build
 from fusec.compiler import Compiled, widened
 from fusec.errors import UserError
 from fusec.ir.graph import Dim, Graph, S, T
-from fusec.ir.interpreter import evaluate
+from fusec.ir.interpreter import EXACT, dtypes, evaluate
 from fusec.ir.ops import make
 from fusec.ir.text import print_graph
 from fusec.ir.verify import verify
@@ -34,8 +36,8 @@ class ProgramMaker(_Maker):
         self.pool, self.caches = [self.x], 0
 
     def graph(self):
-        moves = [self.unary, self.binary, self.scale, self.reduce, self.project, self.project, self.projections, self.norm, self.norm, self.rotate,
-                 self.heads, self.concatenate, self.cast, self.choose, self.attend]
+        moves = [self.unary, self.binary, self.scale, self.reduce, self.project, self.project, self.projections, self.norm,
+                 self.norm, self.rotate, self.heads, self.concatenate, self.cast, self.choose, self.attend]
         for move in self.draw(st.lists(st.sampled_from(moves), min_size=3, max_size=9)):
             for value in move():
                 if len(value.dims) <= MAX_DIMS and T in value.dims:
@@ -81,10 +83,11 @@ def arguments(graph, tokens):
     return {"ids": ids, "pos": torch.arange(tokens), "rows": torch.arange(tokens)}, weight
 
 
-def run(graph, tokens=5):
+def run(graph, tokens=5, dtype=torch.float64):
     given, weight = arguments(graph, tokens)
-    (out,) = evaluate(graph, {i.attrs["name"]: given[i.attrs["name"]] for i in graph.inputs}, weight)
-    return out
+    types = EXACT if dtype == torch.float64 else dtypes(dtype)
+    (out,) = evaluate(graph, {i.attrs["name"]: given[i.attrs["name"]] for i in graph.inputs}, lambda value: weight(value).to(dtype), types)
+    return out.double()
 
 
 def compiled(graph) -> Graph:
@@ -112,12 +115,15 @@ if INTERPRETED:
         def __call__(self, value):
             return self.weight(value)
 
-    @settings(max_examples=25, **OPTIONS)
-    @given(programs())
-    def test_generated_kernels(graph):
+    @settings(max_examples=24, **OPTIONS)
+    @given(programs(), st.sampled_from((4, row_kernel.ROW_BLOCK)))
+    def test_generated_kernels(graph, row_block):
+        """row_block: 4 makes every row a long one, which is walked in a loop."""
         kernels = compiled(graph)
         try:
-            module = build(kernels, dtype="float32")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(row_kernel, "ROW_BLOCK", row_block)
+                module = build(kernels, dtype="float32")
         except UserError:
             assume(False)
         for tokens in (1, 3, 66):
@@ -125,9 +131,10 @@ if INTERPRETED:
             program.allocate_cache(-(-tokens // 4), 4)
             ids = [torch.arange(tokens) * 7 % V.size]
             batch = make_batch([0], [tokens], 4, -(-tokens // 4), V.size, None, "cpu", ids)
-            want = run(graph, tokens).flatten(1)
+            want, plain = run(graph, tokens).flatten(1), run(graph, tokens, torch.float32).flatten(1)
             got = program.forward(batch).double()
-            assert (got - want).norm() <= 1e-5 * want.norm() + 1e-6, (tokens, print_graph(kernels))
+            bound = 1e-6 + 1e-5 * want.norm() + 10 * (plain - want).norm()  # a sine of a large number is hard for anyone
+            assert (got - want).norm() <= bound, (tokens, print_graph(kernels, origins=False))
 else:
 
     @settings(max_examples=150, **OPTIONS)

@@ -38,7 +38,8 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("norm", NORMS)
     def test_numerics(norm):
-        report = check("llama", TINY["llama"], dtype=torch.float32, device="cpu", make_program=interpreted, source=program(NORMS[norm]))
+        where = dict(dtype=torch.float32, device="cpu", make_program=interpreted)
+        report = check("llama", TINY["llama"], source=program(NORMS[norm]), **where)
         assert report.worst < 2e-5, report
 else:
     from fusec.compiler import compile

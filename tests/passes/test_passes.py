@@ -65,6 +65,7 @@ def test_case(name, title, request):
         whole = path.read_text(encoding="utf-8")
         start = whole.index(f"# {title}\n") + len(title) + 3
         end = start + (m.start() if (m := TITLE.search(whole[start:])) else len(whole[start:]))
-        path.write_text(whole[:start] + f"{before}\n=>\n{text}\n" + ("\n" if end < len(whole) else "") + whole[end:], encoding="utf-8")
+        case = f"{before}\n=>\n{text}\n" + "\n" * (end < len(whole))
+        path.write_text(whole[:start] + case + whole[end:], encoding="utf-8")
         return
     assert text == after, f"{path.name}: {title}; if the new graph is right, run pytest --update-golden"
