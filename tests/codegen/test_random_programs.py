@@ -64,7 +64,8 @@ class ProgramMaker(_Maker):
 
 def attention(*operands) -> Graph:
     """std.fuse's attend, causal."""
-    inputs = tuple(make("input", name=n, dtype=o.dtype, dims=o.dims) for n, o in zip(("q", "k", "v", "pos"), operands, strict=True))
+    names = ("q", "k", "v", "pos")
+    inputs = tuple(make("input", name=n, dtype=o.dtype, dims=o.dims) for n, o in zip(names, operands, strict=True))
     q, k, v, pos = inputs
     s = make("mul", make("sum", make("mul", q, k), over=("K",)), make("const", value=0.25))
     keep = make("le", make("index", dtype="int", dims=(S,)), pos)
@@ -86,7 +87,8 @@ def arguments(graph, tokens):
 def run(graph, tokens=5, dtype=torch.float64):
     given, weight = arguments(graph, tokens)
     types = EXACT if dtype == torch.float64 else dtypes(dtype)
-    (out,) = evaluate(graph, {i.attrs["name"]: given[i.attrs["name"]] for i in graph.inputs}, lambda value: weight(value).to(dtype), types)
+    given = {i.attrs["name"]: given[i.attrs["name"]] for i in graph.inputs}
+    (out,) = evaluate(graph, given, lambda value: weight(value).to(dtype), types)
     return out.double()
 
 

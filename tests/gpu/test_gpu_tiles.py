@@ -101,9 +101,10 @@ class Case:
         values = {"weight": w, "input": x, "output": out, "partial": partial, "arrivals": arrivals}
         arguments = [values[role[0]] if role[0] in values else values[role[1]] for role in self.source.roles.values()]
         grid = {"gemv": (blocks,), "skinny": (height * blocks, splits), "matmul": (height * blocks,)}[self.form]
-        kernel = getattr(tune.load_kernels(str(self.path)), self.name)
+        arguments += [t] if self.form != "gemv" else []
+        launch = getattr(tune.load_kernels(str(self.path)), self.name)[grid]
         for _ in range(2):  # the second launch finds the counters as the first left them
-            kernel[grid](*arguments, *([t] if self.form != "gemv" else []), **self.sizes(), num_warps=self.tiles.num_warps, **options)
+            launch(*arguments, **self.sizes(), num_warps=self.tiles.num_warps, **options)
         assert not arrivals.any(), f"{self} leaves its counters behind"
         return out
 

@@ -57,7 +57,8 @@ def test_case(name, title, request):
     result = getattr(passes, name)(given)
     verify(result, after=name)
     arguments, weight = random_arguments(given)
-    wanted = {v.attrs["name"]: arguments.get(v.attrs["name"], torch.arange(5)) for v in result.inputs}  # rows: all of them, in order
+    names = [value.attrs["name"] for value in result.inputs]
+    wanted = {name: arguments.get(name, torch.arange(5)) for name in names}  # rows: all of them, in order
     for got, want in zip(evaluate(result, wanted, weight), evaluate(given, arguments, weight), strict=True):
         assert torch.allclose(got, want, rtol=1e-9, atol=1e-9)
     text = shown(result)
