@@ -108,12 +108,12 @@ def record(compiled, program, target: str) -> list[Variant]:
             self.dtype, self.device = getattr(torch, compiled.dtype), torch.device("meta")
             self.max_tokens = LONGEST
             types = {"x": self.dtype, "int": torch.int32, "bool": torch.bool}
-            self.weights = {w.name: self.empty(1, dtype=types.get(w.value.dtype, torch.float32))
+            self.weights = {w.name: self.empty(*w.shape, dtype=types.get(w.value.dtype, torch.float32))
                             for w in compiled.module.weights.values()}
             for name, (_, numel, kind) in compiled.module.buffers.items():
                 setattr(self, name, self.empty(self.max_tokens, numel, dtype=getattr(torch, kind)))
             self.partial, self.arrivals = self.empty(1, dtype=torch.float32), self.empty(1)
-            self._scratch = {}
+            self._scratch, self._growing = {}, {}
             self.allocate_cache(1, BLOCK_SIZE)
 
         def empty(self, *shape, dtype=torch.int32):

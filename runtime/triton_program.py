@@ -49,6 +49,7 @@ class TritonProgram:
         self.partial = torch.empty(module.partial, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(module.arrivals, dtype=torch.int32, device=device)
         self.caches: dict[str, torch.Tensor] = {}
+        self._growing: dict[str, torch.Tensor] = {}
         self._scratch: dict[tuple, tuple] = {}
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> None:
@@ -63,6 +64,20 @@ class TritonProgram:
         if batch.ids.shape[0] > self.max_tokens:
             raise ValueError(f"a step of {batch.ids.shape[0]} tokens; the arena holds {self.max_tokens}")
         return self.program.step(self, batch)
+
+    def product(self, tokens: int, columns: int) -> torch.Tensor:
+        """Scratch for the vendor's matmul: [tokens, columns] in the model's dtype, until the next call."""
+        return self._take("product", tokens * columns, self.dtype).view(tokens, columns)
+
+    def stats(self, tokens: int, count: int) -> torch.Tensor:
+        """Scratch for the reductions beside the vendor's matmul: float32 [count, tokens]."""
+        return self._take("stats", tokens * count, torch.float32)
+
+    def _take(self, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
+        kept = self._growing.get(name)
+        if kept is None or kept.numel() < size:
+            kept = self._growing[name] = torch.empty(size, dtype=dtype, device=self.device)
+        return kept[:size]
 
     def scratch(self, launch) -> tuple[torch.Tensor, ...]:
         """Scratch of a decode attention launch: kept for each shape, so that its address is fixed; layers share it in turn."""

@@ -136,6 +136,16 @@ class Contraction:
             strides |= {name: s * step for name, s in zip(a["into"], a["strides"], strict=True)}
         return offset, [strides[d.name] for d in dims]
 
+    def plain_sum(self) -> str | None:
+        """The name of the stored value that the epilogue adds to the product, if that is all it does, rows in order."""
+        (segment, *rest), outputs = self.segments, self.body.outputs
+        if rest or len(outputs) > 1 or len(segment.pieces) > 1 or outputs[0].op != "add" or outputs[0].dtype != self.x.dtype:
+            return None
+        others = [i for i in outputs[0].inputs if i is not self.anchor]
+        if len(others) != 1 or others[0].op != "input" or others[0].dims != outputs[0].dims or others[0].dtype != self.x.dtype:
+            return None
+        return others[0].attrs["name"] if outputs[0].dims == self.anchor.dims else None
+
     def packing(self) -> list[list[tuple]]:
         """Per leaf slot, per segment: (offset, strides, sizes, first, count): which rows of the flat N axis stand in the
         packed weight.

@@ -13,194 +13,229 @@ from .writer import REDUCE, Source, Writer, define, environment, partition, shar
 
 @dataclass(frozen=True)
 class Form:
-    """How a contraction's tile lies.  x: shape of the tile of x.  row: the token's index.  axis: along which x is reduced,
-    and how the result is spread again.  tiles: launch constants.  many: tokens per program; split: parts of K."""
+    """How a contraction's tile lies.
 
-    x: str
-    row: str
+    reduce: the axis along which a tile of x is reduced, and how the result is spread again.  tiles: launch constants.  many: whether a
+    program works on several tokens.  multiplies: whether it contracts (or the vendor's matmul does).  scratch: pointers it takes.
+    """
+
     reduce: str
     tiles: tuple[str, ...]
     many: bool = True
-    split: bool = False
+    multiplies: bool = True
+    scratch: tuple[str, ...] = ()
 
 
 FORMS = {
-    "gemv": Form("[BLOCK_K]", "0", "0)", ("BLOCK_N", "BLOCK_K", "STAGES", "PDL"), many=False),
+    "gemv": Form("0)", ("BLOCK_N", "BLOCK_K", "STAGES", "PDL"), many=False),
     "skinny": Form(
-        "[BLOCK_K, BLOCK_M]", "t", "0)[None, :]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS", "STAGES", "PDL"), split=True
+        "0)[None, :]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS", "STAGES", "PDL"), scratch=("partial", "arrivals")
     ),
-    "matmul": Form("[BLOCK_M, BLOCK_K]", "t", "1)[:, None]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "STAGES", "PDL")),
+    "matmul": Form("1)[:, None]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "STAGES", "PDL")),
+    "stats": Form("1)[:, None]", ("BLOCK_M", "BLOCK_K", "PDL"), multiplies=False, scratch=("stats",)),
+    "epilogue": Form("1)[:, None]", ("BLOCK_M", "BLOCK_N", "PDL"), multiplies=False, scratch=("product", "stats")),
 }
 
 
-def contraction(
-    kernel: Value,
-    name: str,
-    form: str,
-    comment,
-    dtype: str,
-    block_n: int,
-    block_k: int,
-    parts: Contraction | None = None,
-    splits: int = 1,
-) -> Source:
-    """A contraction kernel in one of its forms: one token ("gemv"), a few ("skinny") or many ("matmul"). Masks are left out where
-    blocks divide the sizes: block_n, block_k and splits are the least divisible of the tiles that it will be launched with."""
-    body = kernel.attrs["body"]
-    parts = parts or Contraction(body)
-    w = Writer(body, dtype)
-    shape = FORMS[form]
-    many = shape.many
-    masked_k, masked_n = bool(parts.k % (block_k * splits)), bool(parts.n % block_n)
-    k_masks, n_masks = (("k_mask",) if masked_k else ()), (("n_mask",) if masked_n else ())
-    row = Index("t", ("t_mask",)) if many else Index("0")
-    weight = w.params.pointer(parts.matrix.attrs["name"], ("weight", parts.weight))
+def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_n: int, block_k: int, parts: Contraction | None = None,
+                splits: int = 1) -> Source:  # fmt: skip
+    """A contraction kernel in one of its forms: one token ("gemv"), a few ("skinny"), many ("matmul"), or what the vendor's matmul
+    leaves to do ("stats", "epilogue").
 
-    def k_coords(lines):
-        return {parts.row_dim: row} | coordinates(parts.k_dims, "k", k_masks, lines, w.names)
+    Masks are left out where blocks divide the sizes: block_n, block_k and splits are the least divisible of the tiles that it will be
+    launched with.
+    """
+    parts = parts or Contraction(kernel.attrs["body"])
+    return ContractionWriter(form, dtype, block_n, block_k, parts, splits).source(name, comment)
 
-    def reductions(values, emitter):
-        rows = []
-        for value in values:
-            identity, update, _ = REDUCE[value.op]
-            text = strip(emitter.write(value.inputs[0]))
-            if masked_k:
-                text = f"tl.where(k_mask, {text}, {identity})"
-            label = w.names.fresh(value.op)
-            whole = f"tl.{'max' if value.op == 'max' else 'sum'}({label}_k, {shape.reduce}"
-            scale = f" / {parts.k}" if value.op == "mean" else ""
-            rows.append(
-                {
-                    "name": label,
-                    "partial": f"{label}_k",
-                    "identity": identity,
-                    "value": text,
-                    "op": value,
-                    "step": update.format(f"{label}_k", text if text.isidentifier() or text.startswith("tl.") else f"({text})"),
-                    "finish": whole + scale,
-                    "collapse": whole,
-                    "scale": scale,
-                    "combine": update.format(label, f"{label}_part"),
-                }
-            )
-        return rows
 
-    given: dict[Value, str] = {}
-    before = []
-    for value in parts.before:  # one walk per reduction; a later one may read an earlier one's result
+class ContractionWriter(Writer):
+    """Writes one form of one contraction kernel."""
+
+    def __init__(self, form, dtype, block_n, block_k, parts: Contraction, splits):
+        super().__init__(parts.body, dtype)
+        self.form, self.shape, self.parts = form, FORMS[form], parts
+        self.block_n, self.block_k = block_n, block_k
+        self.masked_k, self.masked_n = bool(parts.k % (block_k * splits)), bool(parts.n % block_n)
+        self.many = self.shape.many
+        self.row = Index("t", ("t_mask",)) if self.many else Index("0")
+        self.given: dict[Value, str] = {}  # finished reductions, by name
+
+    def source(self, name: str, comment) -> Source:
+        parts, form = self.parts, self.form
+        weight = None
+        if self.shape.multiplies:
+            weight = self.params.pointer(parts.matrix.attrs["name"], ("weight", parts.weight))
+        before = self.reductions_before() if self.shape.multiplies else []
         lines: list[str] = []
-        emitter = w.emitter(k_coords(lines), given, lines)
-        rows = reductions([value], emitter)
-        before.append({"lines": lines, "reductions": rows})
-        given[value] = rows[0]["name"]
-    lines = []
-    coords = k_coords(lines)
-    emitter = w.emitter(coords, given, lines, ', eviction_policy="evict_last"' if many and parts.beside else "")
-    cast = {"float32": "tl.float32", "bfloat16": "tl.bfloat16", "float16": "tl.float16"}[dtype]
-    if many and parts.x.op == "input":  # loaded as it is, so that it can go from memory to the tensor cores untouched
-        pointer = w.params.pointer(parts.x.attrs["name"], ("input", body.inputs.index(parts.x)))
-        offset, masks = emitter.address(parts.x)
-        lines.append(f"a = tl.load({pointer} + {offset}, mask={' & '.join(masks)}, other=0{emitter.policy})")
-        x = operand = "a"
-    else:
-        x = emitter.write(parts.x)
-        x = x if x.isidentifier() else emitter.assign(w.names.fresh("x"), x)
-        operand = f"{x}.to({cast})"
-        if many and masked_k:
-            operand = f"tl.where(k_mask, {x}, 0.0).to({cast})"
-    if many:
-        # A reduction beside the contraction loads x again, from cache: Triton 3.6 miscompiles a tile that both an asynchronous
-        # tensor-core instruction and an elementwise expression read, once two accumulators are in flight. The eviction policy
-        # keeps the two loads apart (and tells the truth: every program reads this x).
-        emitter = w.emitter(coords, given, lines)
-    beside = reductions(parts.beside, emitter)
-    given |= {r["op"]: r["name"] for r in beside}
+        coords = self.k_coords(lines)
+        x = operand = None
+        if self.shape.multiplies:
+            x, operand = self.operand(coords, lines)
+        beside = self.reductions_beside(coords, lines)
+        early, epilogue = ([], self.epilogue()) if form != "stats" else ([], [])
+        if form == "gemv":  # what the epilogue reads is on its way while the weights stream past
+            late = {f"y{i}" for i in range(parts.leaves)} | set(self.given.values())
+            early, epilogue = partition(share(epilogue), late)
+        for pointer in self.shape.scratch:
+            if pointer != "stats" or beside:
+                self.params.pointer(pointer, ("scratch", pointer))
+        context = {
+            "signature": define(name, [*self.params.roles, *(["T"] if self.many else [])], self.shape.tiles),
+            "comment": comment,
+            "rows": parts.n,
+            "k": parts.k,
+            "masked_n": self.masked_n,
+            "masked_k": self.masked_k,
+            "weight": weight,
+            "leaves": parts.leaves,
+            "before": before,
+            "lines": tidy(lines, *filter(None, (x, operand)), *(r["value"] for r in beside)),
+            "x": x,
+            "operand": operand,
+            "beside": beside,
+            "early": early,
+            "epilogue": epilogue,
+            "precision": ', input_precision="ieee"' if self.dtype == "float32" else "",
+        }
+        text = environment().get_template(f"{form}.py.jinja").render(k=context)
+        facts = {
+            "rows": parts.n,
+            "k": parts.k,
+            "leaves": parts.leaves,
+            "row_dim": parts.row_dim,
+            "packing": parts.packing(),
+            "k_dims": [d.name for d in parts.k_dims],
+            "n_dims": list(axis(parts.anchor)),
+            "weight": parts.weight,
+            "block_n": self.block_n,
+            "block_k": self.block_k,
+        }
+        return Source(name, form, text, self.params.roles, facts)
 
-    epilogue_reads = {i for v in parts.after for i in v.inputs}
-    scalars: list[str] = []  # what the epilogue makes of a whole row's reduction, once for all segments
-    shared = w.emitter({parts.row_dim: row}, given, scalars)
-    for value in parts.body.walk():
-        derived = value.inputs and any(i in given for i in value.inputs)
-        if value not in given and not axis(value) and (derived or value.op == "input" and value in epilogue_reads):
-            text = shared.write(value)
-            shared.known[value] = given[value] = text if text.isidentifier() else shared.assign(w.names.of(value), text)
-    epilogue = scalars
-    for segment in parts.segments:
-        for chunk in range(segment.chunks):
-            inner: list[str] = []
-            base = "n" if segment.start == 0 else f"(n - {segment.start})"
-            flat = base if chunk == 0 else f"({base} + {chunk * segment.rows})"
-            masks = list(n_masks)
-            if len(parts.segments) > 1:
-                inside = w.names.fresh("inside")
-                inner.append(f"{inside} = (n >= {segment.start}) & (n < {segment.start + segment.rows})")
-                masks = [inside]
-            if segment.chunks * segment.rows > segment.numel and chunk == segment.chunks - 1:
-                masks.append(f"({flat} < {segment.numel})")
-            index = w.names.fresh("i")
-            if flat == "n":
-                index = "n"
-            else:
-                inner.append(f"{index} = {strip(flat)}" if chunk else f"{index} = {flat.strip('()')}")
-            coords = {parts.row_dim: row} | coordinates(list(segment.dims), index, tuple(masks), inner, w.names)
-            leaves = {leaf: f"y{segment.leaves.index(leaf) * segment.chunks + chunk}" for leaf in segment.leaves}
-            e = w.emitter(coords, given | leaves, inner)
-            for piece in segment.pieces:
-                text = e.write(piece.value)
-                offset = flat_offset(piece, segment.dims, index, coords)
-                w.store(
-                    text,
-                    piece.output,
-                    piece.value,
-                    "t" if many else "0",
-                    offset,
-                    tuple(masks) + (("t_mask",) if many else ()),
-                    inner,
-                )
-            if len(parts.segments) > 1 and many:
-                first, last = segment.start, segment.start + segment.rows
-                inner = [f"if (tl.max(n) >= {first}) & (tl.min(n) < {last}):", *["    " + line for line in tidy(inner)]]
-            epilogue += tidy(inner)
-    early: list[str] = []
-    epilogue = tidy(epilogue)
-    if form == "gemv":  # what the epilogue reads is on its way while the weights stream past
-        early, epilogue = partition(share(epilogue), {f"y{i}" for i in range(parts.leaves)} | set(given.values()))
-    if shape.split:
-        w.params.pointer("partial", ("scratch", "partial"))
-        w.params.pointer("arrivals", ("scratch", "arrivals"))
-    signature = define(name, [*w.params.roles, *(["T"] if many else [])], shape.tiles)
-    context = {
-        "signature": signature,
-        "comment": comment,
-        "rows": parts.n,
-        "k": parts.k,
-        "masked_n": masked_n,
-        "masked_k": masked_k,
-        "weight": weight,
-        "leaves": parts.leaves,
-        "before": before,
-        "lines": tidy(lines, x, operand, *(r["value"] for r in beside)),
-        "x": x,
-        "operand": operand,
-        "beside": beside,
-        "early": early,
-        "epilogue": epilogue,
-        "precision": ', input_precision="ieee"' if dtype == "float32" else "",
-    }
-    text = environment().get_template(f"{form}.py.jinja").render(k=context)
-    facts = {
-        "rows": parts.n,
-        "k": parts.k,
-        "leaves": parts.leaves,
-        "row_dim": parts.row_dim,
-        "packing": parts.packing(),
-        "k_dims": [d.name for d in parts.k_dims],
-        "n_dims": list(axis(parts.anchor)),
-        "weight": parts.weight,
-        "block_n": block_n,
-        "block_k": block_k,
-    }
-    return Source(name, form, text, w.params.roles, facts)
+    def k_coords(self, lines) -> dict[str, Index]:
+        """Indices of a tile of x: the token's, and the contracted dims from the flat k."""
+        masks = ("k_mask",) if self.masked_k else ()
+        return {self.parts.row_dim: self.row} | coordinates(self.parts.k_dims, "k", masks, lines, self.names)
+
+    # ---- x, and reductions over it ------------------------------------------------------------------------------------------
+
+    def operand(self, coords, lines) -> tuple[str, str]:
+        """(x, x as the matrix instruction takes it): the moving operand at a tile of K; its lines are appended."""
+        parts = self.parts
+        emitter = self.emitter(coords, self.given, lines, ', eviction_policy="evict_last"' if self.many and parts.beside else "")
+        if self.many and parts.x.op == "input":  # loaded as it is, so that it can go from memory to the tensor cores untouched
+            pointer = self.params.pointer(parts.x.attrs["name"], ("input", self.body.inputs.index(parts.x)))
+            offset, masks = emitter.address(parts.x)
+            lines.append(f"a = tl.load({pointer} + {offset}, mask={' & '.join(masks)}, other=0{emitter.policy})")
+            return "a", "a"
+        x = emitter.write(parts.x)
+        x = x if x.isidentifier() else emitter.assign(self.names.fresh("x"), x)
+        if not self.many:
+            self.known = emitter.known  # a reduction beside it reads the same x
+        cast = {"float32": "tl.float32", "bfloat16": "tl.bfloat16", "float16": "tl.float16"}[self.dtype]
+        return x, f"tl.where(k_mask, {x}, 0.0).to({cast})" if self.many and self.masked_k else f"{x}.to({cast})"
+
+    known: dict | None = None
+
+    def reductions_before(self) -> list[dict]:
+        """Reductions that x itself needs: one walk over K each; a later one may read an earlier one's result."""
+        walks = []
+        for value in self.parts.before:
+            lines: list[str] = []
+            emitter = self.emitter(self.k_coords(lines), self.given, lines)
+            walks.append({"lines": lines, "reductions": [self.reduction(value, emitter)]})
+        return walks
+
+    def reductions_beside(self, coords, lines) -> list[dict]:
+        """Reductions that only the epilogue needs.
+
+        The many-token forms load x again for them, from cache: Triton 3.6 miscompiles a tile that both an asynchronous tensor-core
+        instruction and an elementwise expression read, once two accumulators are in flight. The eviction policy of the first load
+        keeps the two apart (and tells the truth: every program reads this x).
+        """
+        if self.form == "epilogue":  # they are in memory
+            self.given |= {value: self.names.fresh(value.op) for value in self.parts.beside}
+            return [{"name": self.given[value], "value": ""} for value in self.parts.beside]
+        emitter = self.emitter(coords, self.known or self.given, lines)
+        return [self.reduction(value, emitter) for value in self.parts.beside]
+
+    def reduction(self, value: Value, emitter) -> dict:
+        """What a template needs of a reduction over K, kept per column of the tile and collapsed at the end."""
+        identity, update, _ = REDUCE[value.op]
+        text = strip(emitter.write(value.inputs[0]))
+        if self.masked_k:
+            text = f"tl.where(k_mask, {text}, {identity})"
+        label = self.names.fresh(value.op)
+        self.given[value] = label
+        whole = f"tl.{'max' if value.op == 'max' else 'sum'}({label}_k, {self.shape.reduce}"
+        scale = f" / {self.parts.k}" if value.op == "mean" else ""
+        step = text if text.isidentifier() or text.startswith("tl.") else f"({text})"
+        return {
+            "name": label,
+            "partial": f"{label}_k",
+            "identity": identity,
+            "value": text,
+            "step": update.format(f"{label}_k", step),
+            "finish": whole + scale,
+            "collapse": whole,
+            "scale": scale,
+            "combine": update.format(label, f"{label}_part"),
+        }
+
+    # ---- after the product ---------------------------------------------------------------------------------------------------
+
+    def epilogue(self) -> list[str]:
+        """Lines from the accumulators y0, y1, … to the stores, segment by segment."""
+        lines = self.row_scalars()
+        for segment in self.parts.segments:
+            for chunk in range(segment.chunks):
+                lines += self.chunk(segment, chunk)
+        return tidy(lines)
+
+    def row_scalars(self) -> list[str]:
+        """What the epilogue makes of whole rows (a norm's scale), once for all segments."""
+        parts, lines = self.parts, []
+        reads = {i for v in parts.after for i in v.inputs}
+        emitter = self.emitter({parts.row_dim: self.row}, self.given, lines)
+        for value in parts.body.walk():
+            derived = value.inputs and any(i in self.given for i in value.inputs)
+            if value not in self.given and not axis(value) and (derived or value.op == "input" and value in reads):
+                text = emitter.write(value)
+                name = text if text.isidentifier() else emitter.assign(self.names.of(value), text)
+                emitter.known[value] = self.given[value] = name
+        return lines
+
+    def chunk(self, segment, chunk: int) -> list[str]:
+        """One part of a segment's index space: its indices, its expressions, its stores."""
+        several = len(self.parts.segments) > 1
+        lines: list[str] = []
+        masks = ["n_mask"] if self.masked_n else []
+        if several:
+            inside = self.names.fresh("inside")
+            lines.append(f"{inside} = (n >= {segment.start}) & (n < {segment.start + segment.rows})")
+            masks = [inside]
+        shift = chunk * segment.rows - segment.start
+        flat = "n" if not shift else f"n {'+' if shift > 0 else '-'} {abs(shift)}"
+        if segment.chunks * segment.rows > segment.numel and chunk == segment.chunks - 1:
+            masks.append(f"({flat} < {segment.numel})")
+        index = "n"
+        if shift:
+            index = self.names.fresh("i")
+            lines.append(f"{index} = {flat}")
+        coords = {self.parts.row_dim: self.row} | coordinates(list(segment.dims), index, tuple(masks), lines, self.names)
+        leaves = {leaf: f"y{i * segment.chunks + chunk}" for i, leaf in enumerate(segment.leaves)}
+        emitter = self.emitter(coords, self.given | leaves, lines)
+        row = "t" if self.many else "0"
+        for piece in segment.pieces:
+            text = emitter.write(piece.value)
+            offset = flat_offset(piece, segment.dims, index, coords)
+            self.store(text, piece.output, piece.value, row, offset, (*masks, *self.row.masks), lines)
+        lines = tidy(lines)
+        if several and self.many:  # most tiles lie in one segment
+            first, last = segment.start, segment.start + segment.rows
+            return [f"if (tl.max(n) >= {first}) & (tl.min(n) < {last}):", *["    " + line for line in lines]]
+        return lines
 
 
 def flat_offset(piece, dims, index: str, coords) -> str:

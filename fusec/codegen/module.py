@@ -61,6 +61,11 @@ class Weight:
     value: Value
     packing: dict | None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        p = self.packing
+        return (p["leaves"], p["rows"], p["k"]) if p else tuple(d.size for d in self.value.dims)
+
 
 @dataclass
 class Module:
@@ -145,48 +150,71 @@ class Builder:
         return tuple(o.dtype for o in kernel.attrs["body"].outputs) + tuple(i.dtype for i in kernel.inputs)
 
     def contract(self, kernel):
+        """A launch function that picks the form by the number of tokens: gemv, skinny, matmul, then the vendor's."""
         parts = Contraction(kernel.attrs["body"])
         comment = self.source_lines(kernel)
         shape = (parts.n, parts.k, parts.leaves, self.itemsize, self.gpu)
         rows = COUNTS[parts.row_dim]
+        vendor = schedule.vendor_from(*shape) if parts.x.op == "input" else None
+        plan = [("gemv", (schedule.gemv(*shape),)), ("skinny", schedule.skinny(*shape)), ("matmul", schedule.matmul(*shape))]
         sources, lines = [], []
-        for form, tiles in (
-            ("gemv", (schedule.gemv(*shape),)),
-            ("skinny", schedule.skinny(*shape)),
-            ("matmul", schedule.matmul(*shape)),
-        ):
-            block_n, block_k = (
-                max((getattr(t, b) for t in tiles), key=lambda size, n=n: n % size)
-                for b, n in (("block_n", parts.n), ("block_k", parts.k))
-            )
-            splits = (
-                next((t.splits for t in tiles if parts.k % (t.block_k * getattr(t, "splits", 1))), 1) if form == "skinny" else 1
-            )
+        for form, tiles in plan:
+            block_n = max((t.block_n for t in tiles), key=lambda size: parts.n % size)
+            block_k = max((t.block_k for t in tiles), key=lambda size: parts.k % size)
+            splits = next((t.splits for t in tiles if form == "skinny" and parts.k % (t.block_k * t.splits)), 1)
             source = contraction(kernel, f"kernel_{form}", form, comment, self.dtype, block_n, block_k, parts, splits)
             source.facts["tiles"] = tiles
             sources.append(source)
             for t in tiles:
-                test = f"{rows} == 1" if form == "gemv" else f"{rows} <= {t.tokens}" if t.tokens else None
-                lines.append(f"{'elif' if lines else 'if'} {test}:" if test else "else:")
-                blocks = f"triton.cdiv({parts.n}, {t.block_n})"
-                constants = {"BLOCK_N": t.block_n, "BLOCK_K": t.block_k, "STAGES": t.stages}
-                grid = f"({blocks},)"
-                if form != "gemv":
-                    constants = {"BLOCK_M": t.block_m} | constants
-                    grid = f"(triton.cdiv({rows}, {t.block_m}) * {blocks},)"
-                if form == "skinny":
-                    constants["SPLITS"] = t.splits
-                    grid = f"(triton.cdiv({rows}, {t.block_m}) * {blocks}, {t.splits})"
-                    if t.splits > 1:
-                        tokens = -(-t.tokens // t.block_m) * t.block_m
-                        sums = max(1, len(parts.beside)) * tokens * -(-parts.n // t.block_n)
-                        self.module.partial = max(self.module.partial, t.splits * (parts.leaves * parts.n * tokens + sums))
-                        self.module.arrivals = max(self.module.arrivals, tokens // t.block_m * -(-parts.n // t.block_n))
-                if form == "matmul":
-                    constants["GROUP"] = t.group
-                lines += indent(call(source, grid, None if form == "gemv" else rows, constants, t.num_warps))
+                limit = 1 if form == "gemv" else t.tokens or vendor
+                test = f"{rows} == 1" if form == "gemv" else f"{rows} <= {limit}"
+                lines.append(f"{'elif' if lines else 'if'} {test}:" if limit else "else:")
+                lines += indent(self.launch(source, parts, rows, t))
+        if vendor:
+            extra, text = self.vendor(kernel, parts, rows, comment)
+            sources += extra
+            lines += ["else:", *indent(text)]
         params = merge(*(s.roles for s in sources))
-        return sources, lines, [(rows, ("tokens", rows)), *params]
+        model = [("m", ("model",))] if vendor else []
+        return sources, lines, [*model, (rows, ("tokens", rows)), *params]
+
+    def launch(self, source: Source, parts: Contraction, rows: str, t) -> list[str]:
+        """One launch of a contraction kernel with tiles `t`."""
+        blocks = f"triton.cdiv({parts.n}, {t.block_n})"
+        constants = {"BLOCK_N": t.block_n, "BLOCK_K": t.block_k, "STAGES": t.stages}
+        if source.form == "gemv":
+            return call(source, f"({blocks},)", None, constants, t.num_warps)
+        constants = {"BLOCK_M": t.block_m} | constants
+        grid = f"(triton.cdiv({rows}, {t.block_m}) * {blocks},)"
+        if source.form == "matmul":
+            return call(source, grid, rows, constants | {"GROUP": t.group}, t.num_warps)
+        if t.splits > 1:
+            tokens = -(-t.tokens // t.block_m) * t.block_m
+            sums = max(1, len(parts.beside)) * tokens * -(-parts.n // t.block_n)
+            self.module.partial = max(self.module.partial, t.splits * (parts.leaves * parts.n * tokens + sums))
+            self.module.arrivals = max(self.module.arrivals, tokens // t.block_m * -(-parts.n // t.block_n))
+        return call(source, f"{grid[:-2]}, {t.splits})", rows, constants | {"SPLITS": t.splits}, t.num_warps)
+
+    def vendor(self, kernel, parts: Contraction, rows: str, comment) -> tuple[list[Source], list[str]]:
+        """(kernels, lines): the vendor's matmul, and what surrounds it. A sum with one stored value is the matmul's own."""
+        x = parts.x.attrs["name"]
+        matrix = f"{parts.matrix.attrs['name']}.view({parts.leaves * parts.n}, {parts.k}).t()"
+        residual = parts.plain_sum()
+        if residual is not None:
+            return [], [f"torch.addmm({residual}[:{rows}], {x}[:{rows}], {matrix}, out=out[:{rows}])"]
+        lines = [f"product = m.product({rows}, {parts.leaves * parts.n})", f"torch.mm({x}[:{rows}], {matrix}, out=product)"]
+        sources = []
+        if parts.beside:
+            block_k = min(1024, schedule.padded(parts.k))
+            stats = contraction(kernel, "kernel_stats", "stats", comment, self.dtype, 1, block_k, parts)
+            sources.append(stats)
+            lines.append(f"stats = m.stats({rows}, {len(parts.beside)})")
+            lines += call(stats, f"(triton.cdiv({rows}, 4),)", rows, {"BLOCK_M": 4, "BLOCK_K": block_k}, 4)
+        block_n = min(256, schedule.padded(parts.n))
+        tail = contraction(kernel, "kernel_epilogue", "epilogue", comment, self.dtype, block_n, 1, parts)
+        grid = f"(triton.cdiv({rows}, 8) * triton.cdiv({parts.n}, {block_n}),)"
+        lines += call(tail, grid, rows, {"BLOCK_M": 8, "BLOCK_N": block_n}, 4)
+        return [*sources, tail], lines
 
     def rows(self, kernel):
         source = row_kernel(kernel, "kernel_rows", self.source_lines(kernel), self.dtype)
@@ -374,11 +402,16 @@ def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: 
     return [f"kernels.{source.name}[{grid}](", f"    {pointers},", f"    {sizes}, PDL=PDL, num_warps={warps}, launch_pdl=PDL)"]
 
 
+LOCAL = ("product", "stats")  # scratch that a launch function takes from the model itself
+
+
 def merge(*roles: dict[str, tuple]) -> list[tuple[str, tuple]]:
     """The parameters of a launch function: each pointer once."""
     table: dict[str, tuple] = {}
     for role in roles:
         for name, what in role.items():
+            if what[0] == "scratch" and what[1] in LOCAL:
+                continue
             assert table.setdefault(name.removesuffix("_ptr"), what) == what, name
     return list(table.items())
 

@@ -91,6 +91,13 @@ def matmul(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT
     return (Matmul(None, 128, max(16, 128 // leaves), fit(k, 64), 8, 8, 3),)
 
 
+def vendor_from(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT) -> int | None:
+    """Above how many tokens the vendor's matmul, with what surrounds it in kernels of its own, is the faster one. None: never."""
+    found = lookup(gpu, "vendor", rows, k, leaves, itemsize)
+    return found[0]["tokens"] if found else VENDOR_FROM
+
+
+VENDOR_FROM = 256
 MULTIPROCESSORS = 132
 
 

@@ -183,5 +183,10 @@ def partition(lines: list[str], late: set[str]) -> tuple[list[str], list[str]]:
 def tidy(lines: list[str], *read: str) -> list[str]:
     """Lines without the assignments that nothing reads."""
     text = "\n".join([*lines, *read])
-    kept = [line for line in lines if not (m := re.match(r"\s*(\w+) = ", line)) or len(re.findall(rf"(?<!\.)\b{m[1]}\b", text)) > 1]
+
+    def read_again(line: str) -> bool:
+        target = re.match(r"\s*(\w+) = ", line)
+        return not target or len(re.findall(rf"(?<!\.)\b{target[1]}\b", text)) > 1
+
+    kept = [line for line in lines if read_again(line)]
     return tidy(kept, *read) if len(kept) < len(lines) else kept

@@ -83,7 +83,7 @@ def teacher_forced(program, ids):
 def test_smollm2_logits():
     from fusec.runtime.checkpoint import open_checkpoint
     from fusec.runtime.hub import resolve
-    from fusec.runtime.tokenizer import load_tokenizer
+    from fusec.runtime.tokenizer import Tokenizer
     from fusec.runtime.torch_program import TorchProgram
     from fusec.runtime.triton_program import TritonProgram
     from fusec.runtime.weights import Loader
@@ -93,7 +93,7 @@ def test_smollm2_logits():
     except UserError:
         pytest.skip("SmolLM2 is not on this machine: fusec pull smollm2, or FUSEC_SMOLLM2=file.gguf")
     checkpoint, device = open_checkpoint(path), torch.device("cuda")
-    ids = load_tokenizer(path).encode(TEXT * 8)
+    ids = Tokenizer.load(path).encode(TEXT * 8)
 
     class Rounded(Loader):
         """Weights in float64 that bfloat16 holds."""

@@ -75,8 +75,7 @@ class Case:
         parts = Contraction(kernel.attrs["body"])
         self.source = contraction(kernel, self.name, form, [], name, tiles.block_n, tiles.block_k, parts, splits)
         self.path.write_text(tune.HEADER + self.source.text)
-        # one short of a full tile of tokens, so that masks matter
-        self.tokens = {"gemv": 1, "skinny": getattr(tiles, "tokens", 1) - 1, "matmul": 257}[form]
+        self.tokens = tiles.tokens - 1 if form == "skinny" else {"gemv": 1, "matmul": 257}[form]  # so that masks matter
 
     def __repr__(self):
         return f"{self.form} {self.n} x {self.k}, {self.leaves} leaves, {self.tiles}"
