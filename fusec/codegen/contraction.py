@@ -128,11 +128,13 @@ class Contraction:
     def leaf_rows(self, leaf: Value, dims) -> tuple[int, list[int]]:
         """(offset, stride of each of `dims`) of a leaf in the contraction's flat N axis."""
         strides = dict(zip(axis(self.anchor), row_major([d for d in self.anchor.dims if d.name not in RUNTIME]), strict=True))
-        offset = 0
-        if leaf.op == "split":
-            a = leaf.attrs
+        offset, splits = 0, []
+        while leaf.op == "split":
+            splits.append(leaf.attrs)
+            leaf = leaf.inputs[0]
+        for a in reversed(splits):
             step = strides.pop(a["dim"])
-            offset = a["offset"] * step
+            offset += a["offset"] * step
             strides |= {name: s * step for name, s in zip(a["into"], a["strides"], strict=True)}
         return offset, [strides[d.name] for d in dims]
 

@@ -15,8 +15,9 @@ from .writer import REDUCE, Source, Writer, define, environment, partition, shar
 class Form:
     """How a contraction's tile lies.
 
-    reduce: the axis along which a tile of x is reduced, and how the result is spread again.  tiles: launch constants.  many: whether a
-    program works on several tokens.  multiplies: whether it contracts (or the vendor's matmul does).  scratch: pointers it takes.
+    reduce: the axis along which a tile of x is reduced, and how the result is spread again.  tiles: launch constants.  many:
+    whether a program works on several tokens.  multiplies: whether it contracts (or the vendor's matmul does).  scratch: pointers
+    it takes.
     """
 
     reduce: str
@@ -37,13 +38,13 @@ FORMS = {
 }
 
 
-def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_n: int, block_k: int, parts: Contraction | None = None,
-                splits: int = 1) -> Source:  # fmt: skip
-    """A contraction kernel in one of its forms: one token ("gemv"), a few ("skinny"), many ("matmul"), or what the vendor's matmul
-    leaves to do ("stats", "epilogue").
+def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_n: int, block_k: int,
+                parts: Contraction | None = None, splits: int = 1) -> Source:  # fmt: skip
+    """A contraction kernel in one of its forms: one token ("gemv"), a few ("skinny"), many ("matmul"), or what the vendor's
+    matmul leaves to do ("stats", "epilogue").
 
-    Masks are left out where blocks divide the sizes: block_n, block_k and splits are the least divisible of the tiles that it will be
-    launched with.
+    Masks are left out where blocks divide the sizes: block_n, block_k and splits are the least divisible of the tiles that it
+    will be launched with.
     """
     parts = parts or Contraction(kernel.attrs["body"])
     return ContractionWriter(form, dtype, block_n, block_k, parts, splits).source(name, comment)
@@ -150,7 +151,8 @@ class ContractionWriter(Writer):
     def reductions_beside(self, coords, lines) -> list[dict]:
         """Reductions that only the epilogue needs.
 
-        The many-token forms load x again for them, from cache: Triton 3.6 miscompiles a tile that both an asynchronous tensor-core
+        The many-token forms load x again for them, from cache: Triton 3.6 miscompiles a tile that both an asynchronous
+        tensor-core
         instruction and an elementwise expression read, once two accumulators are in flight. The eviction policy of the first load
         keeps the two apart (and tells the truth: every program reads this x).
         """

@@ -294,6 +294,8 @@ class Fuser:
             theirs = {i for v in group.members for i in v.inputs if i not in self.static}
             if any(i in group.outputs and (i.op == "join" or v.op == "split") for v in members for i in v.inputs):
                 continue
+            if any(self.needs(self.owner[i], group) for i in reads if i in self.owner and self.owner[i] is not group):
+                continue
             if reads & (theirs | set(group.outputs)):
                 group.outputs.append(root)
                 group.members |= members
@@ -302,6 +304,18 @@ class Fuser:
         group = Group("rows", None, members, [root], rows)
         self.groups.append(group)
         self.owner[root] = group
+
+    def needs(self, group: Group, other: Group) -> bool:
+        """`group` reads what `other` stores, or what others make of it, all at one level."""
+        seen, stack = set(), [group]
+        while stack:
+            current = stack.pop()
+            if current is other:
+                return True
+            if current not in seen and current.kind == "rows":
+                seen.add(current)
+                stack += {self.owner[i] for v in current.members for i in v.inputs if i in self.owner}
+        return False
 
     def merge_rows(self):
         """Row kernels that could run side by side become one launch, each with its own section (q and k, each normed by

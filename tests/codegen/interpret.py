@@ -20,7 +20,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def run_interpreted(path, only: str = ""):
-    """Fails with the inner report unless every test of the module at `path` passes under the interpreter.  only: as pytest's -k."""
+    """Fails with the inner report unless every test of the module at `path` passes under the interpreter.  only: as pytest's
+    -k."""
     env = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", "-k", only, str(path)]
     done = subprocess.run(command, env=env, cwd=Path(path).parent, capture_output=True, text=True)

@@ -1,6 +1,8 @@
-"""Every kernel of two published shapes, compiled for sm_90 on a machine without a GPU: nothing spills, and shared memory suffices.
+"""Every kernel of two published shapes, compiled for sm_90 on a machine without a GPU: nothing spills, and shared memory
+suffices.
 
-All kernels of Llama 3.2 1B for one token and for one tile of each other form; of SmolLM2 135M, whose sizes no tile divides, likewise.
+All kernels of Llama 3.2 1B for one token and for one tile of each other form; of SmolLM2 135M, whose sizes no tile divides,
+likewise.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """Every row of the tile tables, launched at its own shape and compared with float64.
 
-The kernel is the smallest of its kind: y = x Wᵀ, or, with two leaves, a product of both halves scaled by the row's norm. Tiles are compiled
-in parallel processes first.
+The kernel is the smallest of its kind: y = x Wᵀ, or, with two leaves, a product of both halves scaled by the row's norm.
+Tiles are compiled in parallel processes first.
 """
 
 import json
