@@ -100,7 +100,7 @@ class Contraction:
     def form_segments(self, after) -> list[Segment]:
         segments: list[Segment] = []
         for number, output in enumerate(self.body.outputs):
-            for value, strides, offset in pieces(output):
+            for value, _, strides, offset in pieces(output):
                 leaves = [
                     v
                     for v in cone(value, lambda v: v not in after)
@@ -165,19 +165,22 @@ class Contraction:
         return table
 
 
-def pieces(output: Value) -> list[tuple[Value, dict[str, int], int]]:
-    """An output as stored expressions: joins and cache writes become addresses."""
+def pieces(output: Value) -> list[tuple[Value, tuple, dict[str, int], int]]:
+    """An output as stored expressions, each with the dims it is stored over, their strides and an offset: joins and cache
+    writes become addresses. A joined part is repeated along the dims that it lacks."""
     value = output.inputs[0] if output.op == "cache" else output
-    dims = [d for d in value.dims if d.name not in RUNTIME]
+    dims = tuple(d for d in value.dims if d.name not in RUNTIME)
 
-    def visit(v: Value, strides: dict[str, int], offset: int):
+    def visit(v: Value, dims: tuple, strides: dict[str, int], offset: int):
         if v.op != "join":
-            return [(v, {n: strides[n] for n in axis(v)}, offset)]
+            return [(v, dims, strides, offset)]
         found = []
+        at = [d.name for d in dims].index(v.attrs["dim"])
+        outer = {n: s for n, s in strides.items() if n != v.attrs["dim"]}
         step = strides[v.attrs["dim"]]
         for operand, (names, part, start) in zip(v.inputs, v.attrs["parts"], strict=True):
-            inner = strides | {n: s * step for n, s in zip(names, part, strict=True)}
-            found += visit(operand, inner, offset + start * step)
+            inner = (*dims[:at], *(operand.dim(n) for n in names), *dims[at + 1 :])
+            found += visit(operand, inner, outer | {n: s * step for n, s in zip(names, part, strict=True)}, offset + start * step)
         return found
 
-    return visit(value, dict(zip([d.name for d in dims], row_major(dims), strict=True)), 0)
+    return visit(value, dims, dict(zip([d.name for d in dims], row_major(dims), strict=True)), 0)

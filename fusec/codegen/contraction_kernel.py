@@ -152,9 +152,8 @@ class ContractionWriter(Writer):
         """Reductions that only the epilogue needs.
 
         The many-token forms load x again for them, from cache: Triton 3.6 miscompiles a tile that both an asynchronous
-        tensor-core
-        instruction and an elementwise expression read, once two accumulators are in flight. The eviction policy of the first load
-        keeps the two apart (and tells the truth: every program reads this x).
+        tensor-core instruction and an elementwise expression read, once two accumulators are in flight. The eviction policy
+        of the first load keeps the two apart (and tells the truth: every program reads this x).
         """
         if self.form == "epilogue":  # they are in memory
             self.given |= {value: self.names.fresh(value.op) for value in self.parts.beside}
@@ -191,8 +190,7 @@ class ContractionWriter(Writer):
         """Lines from the accumulators y0, y1, … to the stores, segment by segment."""
         lines = self.row_scalars()
         for segment in self.parts.segments:
-            for chunk in range(segment.chunks):
-                lines += self.chunk(segment, chunk)
+            lines += self.segment(segment)
         return tidy(lines)
 
     def row_scalars(self) -> list[str]:
@@ -208,24 +206,35 @@ class ContractionWriter(Writer):
                 emitter.known[value] = self.given[value] = name
         return lines
 
-    def chunk(self, segment, chunk: int) -> list[str]:
-        """One part of a segment's index space: its indices, its expressions, its stores."""
-        several = len(self.parts.segments) > 1
-        lines: list[str] = []
-        masks = ["n_mask"] if self.masked_n else []
-        if several:
+    def segment(self, segment) -> list[str]:
+        """The lines of the rows that belong to one segment."""
+        first, last = segment.start, segment.start + segment.rows
+        if len(self.parts.segments) == 1:
+            lines: list[str] = []
+            masks = ("n_mask",) if self.masked_n else ()
+        else:
             inside = self.names.fresh("inside")
-            lines.append(f"{inside} = (n >= {segment.start}) & (n < {segment.start + segment.rows})")
-            masks = [inside]
+            bounds = [f"(n >= {first})"] * (first > 0) + [f"(n < {last})"] * (last < self.parts.n or self.masked_n)
+            lines, masks = [f"{inside} = {strip(' & '.join(bounds))}"], (inside,)
+        for chunk in range(segment.chunks):
+            self.chunk(segment, chunk, masks, lines)
+        lines = tidy(lines)
+        if len(self.parts.segments) > 1 and self.many:  # most tiles lie in one segment
+            bounds = [f"(tl.max(n) >= {first})"] * (first > 0) + [f"(tl.min(n) < {last})"] * (last < self.parts.n)
+            return [f"if {strip(' & '.join(bounds))}:", *["    " + line for line in lines]]
+        return lines
+
+    def chunk(self, segment, chunk: int, masks: tuple[str, ...], lines: list[str]):
+        """One part of a segment's index space: its indices, its expressions, its stores."""
         shift = chunk * segment.rows - segment.start
         flat = "n" if not shift else f"n {'+' if shift > 0 else '-'} {abs(shift)}"
         if segment.chunks * segment.rows > segment.numel and chunk == segment.chunks - 1:
-            masks.append(f"({flat} < {segment.numel})")
+            masks = (*masks, f"({flat} < {segment.numel})")
         index = "n"
         if shift:
             index = self.names.fresh("i")
             lines.append(f"{index} = {flat}")
-        coords = {self.parts.row_dim: self.row} | coordinates(list(segment.dims), index, tuple(masks), lines, self.names)
+        coords = {self.parts.row_dim: self.row} | coordinates(list(segment.dims), index, masks, lines, self.names)
         leaves = {leaf: f"y{i * segment.chunks + chunk}" for i, leaf in enumerate(segment.leaves)}
         emitter = self.emitter(coords, self.given | leaves, lines)
         row = "t" if self.many else "0"
@@ -233,11 +242,6 @@ class ContractionWriter(Writer):
             text = emitter.write(piece.value)
             offset = flat_offset(piece, segment.dims, index, coords)
             self.store(text, piece.output, piece.value, row, offset, (*masks, *self.row.masks), lines)
-        lines = tidy(lines)
-        if several and self.many:  # most tiles lie in one segment
-            first, last = segment.start, segment.start + segment.rows
-            return [f"if (tl.max(n) >= {first}) & (tl.min(n) < {last}):", *["    " + line for line in lines]]
-        return lines
 
 
 def flat_offset(piece, dims, index: str, coords) -> str:

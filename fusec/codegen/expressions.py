@@ -67,22 +67,25 @@ class Emitter:
         self.known: dict[Value, str] = dict(given)
 
     def at(self, **coords: Index) -> Emitter:
-        """The same kernel at other coordinates (another row, another part of a tile)."""
-        return Emitter(self.body, self.params, self.coords | coords, {}, self.lines, self.names, self.users, self.policy)
+        """The same kernel at other coordinates (another row, another part of a tile). What does not lie along them is known."""
+        known = {value: text for value, text in self.known.items() if not coords.keys() & set(value.names)}
+        kept = {name: index for name, index in self.coords.items() if name != "*" or not coords.keys() & set(index.text[0])}
+        return Emitter(self.body, self.params, kept | coords, known, self.lines, self.names, self.users, self.policy)
 
     def write(self, value: Value) -> str:
         """The text of `value`: a name or a short expression. Statements it needs are appended to `lines`."""
         if value in self.known:
             return self.known[value]
         text = self.expression(value)
-        if (
-            value.op not in ("const", "index")
-            and not text.isidentifier()
-            and (len(self.users.get(value, ())) > 1 or len(text) > WIDTH)
-        ):
+        worth = self.reads(value) > 1 or len(text) > WIDTH
+        if worth and value.op not in ("const", "index") and not text.isidentifier():
             text = self.assign(self.names.of(value), text)
         self.known[value] = text
         return text
+
+    def reads(self, value: Value) -> int:
+        """How often the text of `value` would be written."""
+        return sum(user.inputs.count(value) for user in self.users.get(value, ())) + (value in self.body.outputs)
 
     def assign(self, name: str, text: str) -> str:
         self.lines.append(f"{name} = {strip(text)}")

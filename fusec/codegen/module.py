@@ -20,7 +20,7 @@ from . import schedule
 from .contraction import Contraction
 from .contraction_kernel import contraction
 from .row_kernel import row_kernel
-from .writer import Source, environment, fold
+from .writer import Source, environment, fold, rename
 
 COUNTS = {"T": "T", "T'": "N"}  # run-time dim -> what generated code calls its size
 HEADER = '''"""{title}
@@ -132,9 +132,7 @@ class Builder:
             function = Function(label, [p for p, _ in params], [], [], kernel)
             for source in sources:
                 final = f"{label}_{source.form}" if len(sources) > 1 else label
-                source.text = source.text.replace(f"def {source.name}(", f"def {final}(").replace(
-                    "\n" + " " * (len(source.name) + 5), "\n" + " " * (len(final) + 5)
-                )
+                source.text = rename(source.text, source.name, final)
                 function.launch = [
                     line.replace(f"kernels.{source.name}[", f"kernels.{final}[") for line in (function.launch or launch)
                 ]
@@ -260,8 +258,8 @@ class Builder:
             lines += ["else:"] if form == "prefill" else []
             lines += [
                 f"    launch = {form}_launch(sequences, {size}, {sizes})",
-                f"    kernels.kernel_{form}[launch.grid](q, k_cache, v_cache, {buffers[form]}, {stride},",
-                "        b.block_tables.stride(0),",
+                f"    kernels.kernel_{form}[launch.grid](",
+                f"        q, k_cache, v_cache, {buffers[form]}, {stride}, b.block_tables.stride(0),",
                 "        **launch.constants, **launch.options)",
             ]
         operand = {i: kernel.attrs["body"].inputs.index(operand) for i, operand in enumerate(via.inputs)}

@@ -113,12 +113,12 @@ def row_section(w: Writer, rows, numbers: list[int]) -> dict:
         given[value] = label
     by_space: dict[tuple, list] = {}
     for store in stores:
-        by_space.setdefault(inner_dims(store[1]), []).append(store)
+        by_space.setdefault(tuple(d for d in store[2] if d.name not in row_names), []).append(store)
     for dims, group in by_space.items():
 
         def emit(emitter, masks, out, group=group, dims=dims):
             emitter.known |= given
-            for number, value, strides, offset in group:
+            for number, value, _, strides, offset in group:
                 text = emitter.write(value)
                 terms = [term(emitter.coords[d.name].text, strides[d.name]) for d in (*sized, *dims) if d.name in strides]
                 if len(dims) > 1 and not sized and row_major_strides(dims, strides):

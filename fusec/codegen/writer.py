@@ -17,6 +17,8 @@ from ..passes.analysis import RUNTIME
 from ..passes.extract import result_name
 from .expressions import Emitter, Names, Params, strip
 
+WIDTH = 120  # columns of generated source
+
 # Names that the templates use themselves.
 RESERVED = (
     "first",
@@ -131,26 +133,45 @@ def output_name(body: Graph, number: int) -> str:
     return "out" if sum(o.op != "cache" for o in body.outputs) == 1 else f"out{number}"
 
 
-def define(name: str, params, tiles) -> str:
+def define(name: str, params, tiles=()) -> str:
     """The `def` line of a kernel, folded to the page's width."""
-    text = f"def {name}({', '.join([*params, *(f'{t}:~tl.constexpr' for t in tiles)])}):"
-    return textwrap.fill(
-        text, 120, subsequent_indent=" " * (len(name) + 5), break_long_words=False, break_on_hyphens=False
-    ).replace("~", " ")
+    params = [p.replace(": ", ":~") for p in (*params, *(f"{t}: tl.constexpr" for t in tiles))]
+    lines = textwrap.wrap(f"def {name}({', '.join(params)}):", WIDTH, subsequent_indent=" " * (len(name) + 5),
+                          break_long_words=False, break_on_hyphens=False)  # fmt: skip
+    return "\n".join(lines).replace("~", " ")
 
 
-def fold(text: str, width: int = 120) -> str:
+def rename(text: str, old: str, new: str) -> str:
+    """The source of a kernel under another name, its signature folded anew."""
+
+    def signature(match) -> str:
+        return match[0].replace(old, new) if match[1].startswith("\n") else define(new, re.split(r",\s+", match[1]))
+
+    return re.sub(rf"def {old}\(([^)]*)\):", signature, text, count=1)
+
+
+def fold(text: str) -> str:
     """Generated source with its long lines folded inside their parentheses."""
-    folded = []
-    for line in text.split("\n"):
-        if len(line) > width and "#" not in line:
-            indent = line[: len(line) - len(line.lstrip())]
-            line = textwrap.fill(
-                line.lstrip(), width, initial_indent=indent, subsequent_indent=indent + " " * 8,
-                break_long_words=False, break_on_hyphens=False,
-            )  # fmt: skip
-        folded.append(line)
-    return "\n".join(folded)
+    return "\n".join(line if len(line) <= WIDTH or "#" in line else fold_line(line) for line in text.split("\n"))
+
+
+def fold_line(line: str) -> str:
+    """A statement on several lines, broken after commas, as far outside of its parentheses as can be."""
+    within = line.endswith(",")  # the arguments of a call, which opens on the line before
+    margin, depth, lines = " " * (len(line) - len(line.lstrip()) + 8 * (not within)), int(within), []
+    while len(line) > WIDTH:
+        places, level = [], depth
+        for i, c in enumerate(line[:WIDTH]):
+            level += (c in "([{") - (c in ")]}")
+            if c == " " and level > 0 and i > len(margin):
+                places.append((level, line[i - 1] != ",", -i))
+        if not places:
+            break
+        at = -min([p for p in places if -p[2] > WIDTH // 2] or places)[2]
+        depth += sum((c in "([{") - (c in ")]}") for c in line[:at])
+        lines.append(line[:at])
+        line = margin + line[at + 1 :]
+    return "\n".join([*lines, line])
 
 
 def share(lines: list[str]) -> list[str]:

@@ -77,12 +77,16 @@ class Fuser:
         two tables)."""
         for value in self.order:
             if value.op == "gather" and value.inputs[0] in self.static and value not in self.static:
-                readers = self.users.get(value, [])
-                while len(readers) == 1 and OPS[readers[0].op].kind == "elementwise" and value not in self.graph.outputs:
-                    value = readers[0]
-                    readers = self.users.get(value, [])
+                while (reader := self.only_reader(value)) and self.level[reader] == self.level[value]:
+                    value = reader
                 if value not in self.owner:
                     self.add_root(value)
+
+    def only_reader(self, value: Value) -> Value | None:
+        """The elementwise value that alone reads `value`, if there is one."""
+        readers = self.users.get(value, ())
+        alone = len(readers) == 1 and OPS[readers[0].op].kind == "elementwise" and value not in self.graph.outputs
+        return readers[0] if alone else None
 
     # ---- anchors and their epilogues -------------------------------------------------------------------------------
 
@@ -174,6 +178,9 @@ class Fuser:
         if user.op == "join":
             if len(inside) < len(user.inputs):
                 return "some of the parts it joins are computed elsewhere"
+            lacking = [set(user.names) - {user.attrs["dim"]} - set(i.names) for i in user.inputs]
+            if any(lacking):
+                return f"a part that it joins is repeated for each {', '.join(sorted(set().union(*lacking)))}"
             spaces[user] = None
             return None
         if kind == "reduction":
@@ -207,10 +214,8 @@ class Fuser:
                             plain = self.computable(operand, (), set(value.names))
                             self.want_unless(beside or plain, operand)
             elif anchor is not None:
-                for operand in anchor.inputs:
-                    self.want_unless(self.stored(operand), operand)
-        for output in self.graph.outputs:
-            self.want_unless(self.stored(output), output)
+                self.wanted += anchor.inputs
+        self.wanted += self.graph.outputs
         roots: dict[Value, None] = {}
         while self.wanted:
             value = self.wanted.pop()
@@ -403,7 +408,8 @@ class Fuser:
                 return block  # a tied head is called a head
             return joined_name([block_name(v.attrs["key"]) for v in weights]) or "contract"
         if group.kind == "rows":
-            paths = [o.origin.path.rpartition(".")[2] for o in group.members if o.op == "gather" or o in group.outputs]
+            named = sorted((o for o in group.members if o.op == "gather" or o in group.outputs), key=self.position.__getitem__)
+            paths = [o.origin.path.rpartition(".")[2] for o in named]
             return joined_name([p for p in paths if p and not p.isdigit()]) or "rows"
         return group.kind
 

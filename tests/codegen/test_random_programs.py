@@ -100,7 +100,7 @@ def compiled(graph) -> Graph:
     return graph
 
 
-OPTIONS = dict(deadline=None, suppress_health_check=list(HealthCheck))
+OPTIONS = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 if INTERPRETED:
     from program_checks import make_batch

@@ -57,7 +57,7 @@ def rows():
     for path in sorted(TABLES.glob("*.json")):
         for key, entries in json.loads(path.read_text()).items():
             form, *shape = key.split()
-            for entry in entries:
+            for entry in entries if form in TILES else ():
                 yield form, *map(int, shape), TILES[form](**entry)
 
 

@@ -65,25 +65,25 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, constant_ptr, cos_ptr, sin_ptr, out_p
         gdc_wait()
     x = tl.load(x_ptr + k, mask=k_mask, other=0).to(tl.float32)
     constant = tl.load(constant_ptr).to(tl.float32)
-    inside = (n >= 0) & (n < 1024)
+    v = x * constant
+    inside = n < 1024
     i_k_2 = n % 128
     i_r = n // 128 % 2
     i_g = n // 256
     cos = tl.load(cos_ptr + i_k_2, mask=inside, other=0).to(tl.float32)
     sin = tl.load(sin_ptr + i_k_2, mask=inside, other=0).to(tl.float32)
     inside_2 = (n >= 1024) & (n < 1536)
-    i_2 = n - 1024
-    i_k_2_2 = i_2 % 128
-    i_g_2 = i_2 // 128
+    i = n - 1024
+    i_k_2_2 = i % 128
+    i_g_2 = i // 128
     cos_2 = tl.load(cos_ptr + i_k_2_2, mask=inside_2, other=0).to(tl.float32)
     sin_2 = tl.load(sin_ptr + i_k_2_2, mask=inside_2, other=0).to(tl.float32)
     slot = tl.load(slots_ptr)
-    inside_3 = (n >= 1536) & (n < 2048)
-    i_3 = n - 1536
-    i_4 = (n - 1536) + 512
+    inside_3 = n >= 1536
+    i_2 = n - 1536
     acc0 = w0.to(tl.float32) * x[None, :]
     acc1 = w1.to(tl.float32) * x[None, :]
-    mean_k = tl.where(k_mask, (x * constant) * (x * constant), 0.0)
+    mean_k = tl.where(k_mask, v * v, 0.0)
     for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         k_mask = k < K
@@ -91,31 +91,31 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, constant_ptr, cos_ptr, sin_ptr, out_p
         w1 = tl.load(w_row + ROWS * K + k[None, :], mask=k_mask[None, :], other=0, eviction_policy="evict_first")
         x = tl.load(x_ptr + k, mask=k_mask, other=0).to(tl.float32)
         constant = tl.load(constant_ptr).to(tl.float32)
+        v = x * constant
         acc0 += w0.to(tl.float32) * x[None, :]
         acc1 += w1.to(tl.float32) * x[None, :]
-        mean_k = mean_k + tl.where(k_mask, (x * constant) * (x * constant), 0.0)
+        mean_k = mean_k + tl.where(k_mask, v * v, 0.0)
     y0 = tl.sum(acc0, 1)
     y1 = tl.sum(acc1, 1)
     mean = tl.sum(mean_k, 0) / 2304
-    v = mean + 1e-06
-    rsqrt = tl.rsqrt(v)
-    v_2 = y0 * rsqrt
-    v_3 = y1 * rsqrt
-    tl.store(out_ptr + i_g * 512 + i_r * 256 + i_k_2, (v_2 * cos) - (v_3 * sin), mask=inside)
-    tl.store(out_ptr + i_g * 512 + i_r * 256 + i_k_2 + 128, (v_3 * cos) + (v_2 * sin), mask=inside)
-    tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v_2 * cos_2) - (v_3 * sin_2), mask=inside_2 & (slot >=
-            0))
-    tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_3 * cos_2) + (v_2 * sin_2), mask=inside_2 &
-            (slot >= 0))
-    tl.store(v_cache_ptr + slot * 1024 + i_3, y0 * rsqrt, mask=inside_3 & (slot >= 0))
-    tl.store(v_cache_ptr + slot * 1024 + i_4, y1 * rsqrt, mask=inside_3 & (slot >= 0))
+    v_2 = mean + 1e-06
+    rsqrt = tl.rsqrt(v_2)
+    v_3 = y0 * rsqrt
+    v_4 = y1 * rsqrt
+    tl.store(out_ptr + i_g * 512 + i_r * 256 + i_k_2, (v_3 * cos) - (v_4 * sin), mask=inside)
+    tl.store(out_ptr + i_g * 512 + i_r * 256 + i_k_2 + 128, (v_4 * cos) + (v_3 * sin), mask=inside)
+    tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v_3 * cos_2) - (v_4 * sin_2),
+            mask=inside_2 & (slot >= 0))
+    tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_4 * cos_2) + (v_3 * sin_2),
+            mask=inside_2 & (slot >= 0))
+    tl.store(v_cache_ptr + slot * 1024 + i_2, y0 * rsqrt, mask=inside_3 & (slot >= 0))
+    tl.store(v_cache_ptr + slot * 1024 + i, y1 * rsqrt, mask=inside_3 & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
 def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, constant_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr,
-        v_cache_ptr,
-                      partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                      SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+                      v_cache_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:24   h = f32(x)
     # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma2.fuse:33   q = rope[K](q_proj(x), pos, freqs)
@@ -146,9 +146,10 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, constant_ptr, cos_ptr, sin_ptr, out
     a = tl.load(x_ptr + t * 2304 + k, mask=t_mask, other=0, eviction_policy="evict_last")
     x = tl.load(x_ptr + t * 2304 + k, mask=t_mask, other=0).to(tl.float32)
     constant = tl.load(constant_ptr).to(tl.float32)
+    v = x * constant
     y0 = tl.dot(w0, a)
     y1 = tl.dot(w1, a)
-    mean_k = (x * constant) * (x * constant)
+    mean_k = v * v
     for start in tl.range(first + BLOCK_K, last, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)[:, None]
         w0 = tl.load(w_row + tl.trans(k), eviction_policy="evict_first")
@@ -156,9 +157,10 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, constant_ptr, cos_ptr, sin_ptr, out
         a = tl.load(x_ptr + t * 2304 + k, mask=t_mask, other=0, eviction_policy="evict_last")
         x = tl.load(x_ptr + t * 2304 + k, mask=t_mask, other=0).to(tl.float32)
         constant = tl.load(constant_ptr).to(tl.float32)
+        v = x * constant
         y0 = tl.dot(w0, a, y0)
         y1 = tl.dot(w1, a, y1)
-        mean_k = mean_k + ((x * constant) * (x * constant))
+        mean_k = mean_k + (v * v)
     mean = tl.sum(mean_k, 0)[None, :]
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
@@ -181,52 +183,48 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, constant_ptr, cos_ptr, sin_ptr, out
             mean = mean + mean_part
         tl.store(arrivals_ptr + tile, 0)
     mean = mean / 2304
-    v = mean + 1e-06
-    rsqrt = tl.rsqrt(v)
-    if (tl.max(n) >= 0) & (tl.min(n) < 1024):
-        inside = (n >= 0) & (n < 1024)
+    v_2 = mean + 1e-06
+    rsqrt = tl.rsqrt(v_2)
+    if tl.min(n) < 1024:
+        inside = n < 1024
         i_k_2 = n % 128
         i_r = n // 128 % 2
         i_g = n // 256
-        v_2 = y0 * rsqrt
+        v_3 = y0 * rsqrt
         cos = tl.load(cos_ptr + t * 128 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
-        v_3 = y1 * rsqrt
+        v_4 = y1 * rsqrt
         sin = tl.load(sin_ptr + t * 128 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
-        tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2, (v_2 * cos) - (v_3 * sin), mask=inside
-                & t_mask)
-        tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2 + 128, (v_3 * cos) + (v_2 * sin),
+        tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2, (v_3 * cos) - (v_4 * sin),
+                mask=inside & t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2 + 128, (v_4 * cos) + (v_3 * sin),
                 mask=inside & t_mask)
     if (tl.max(n) >= 1024) & (tl.min(n) < 1536):
         inside_2 = (n >= 1024) & (n < 1536)
-        i_2 = n - 1024
-        i_k_2_2 = i_2 % 128
-        i_g_2 = i_2 // 128
-        v_4 = y0 * rsqrt
+        i = n - 1024
+        i_k_2_2 = i % 128
+        i_g_2 = i // 128
+        v_5 = y0 * rsqrt
         cos_2 = tl.load(cos_ptr + t * 128 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
-        v_5 = y1 * rsqrt
+        v_6 = y1 * rsqrt
         sin_2 = tl.load(sin_ptr + t * 128 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_5 * cos_2) + (v_4 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-    if (tl.max(n) >= 1536) & (tl.min(n) < 2048):
-        inside_3 = (n >= 1536) & (n < 2048)
-        i_3 = n - 1536
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v_5 * cos_2) - (v_6 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_6 * cos_2) + (v_5 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 1536:
+        inside_3 = n >= 1536
+        i_2 = n - 1536
         slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
-    if (tl.max(n) >= 1536) & (tl.min(n) < 2048):
-        inside_4 = (n >= 1536) & (n < 2048)
-        i_4 = (n - 1536) + 512
-        slot_3 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_3 * 1024 + i_4, y1 * rsqrt, mask=inside_4 & t_mask & (slot_3 >= 0))
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 1024
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y1 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
 def q_k_v_proj_matmul(q_k_v_proj_ptr, x_ptr, constant_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr,
-        v_cache_ptr,
-                      T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-                      STAGES: tl.constexpr, PDL: tl.constexpr):
+                      v_cache_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      GROUP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:24   h = f32(x)
     # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma2.fuse:33   q = rope[K](q_proj(x), pos, freqs)
@@ -257,16 +255,109 @@ def q_k_v_proj_matmul(q_k_v_proj_ptr, x_ptr, constant_ptr, cos_ptr, sin_ptr, out
         a = tl.load(x_ptr + t * 2304 + k, mask=t_mask, other=0, eviction_policy="evict_last")
         x = tl.load(x_ptr + t * 2304 + k, mask=t_mask, other=0).to(tl.float32)
         constant = tl.load(constant_ptr).to(tl.float32)
+        v = x * constant
         w0 = tl.load(w_row + k.trans())
         y0 = tl.dot(a, w0, y0)
         w1 = tl.load(w_row + ROWS * K + k.trans())
         y1 = tl.dot(a, w1, y1)
-        mean_k = mean_k + ((x * constant) * (x * constant))
+        mean_k = mean_k + (v * v)
     mean = tl.sum(mean_k, 1)[:, None] / 2304
+    v_2 = mean + 1e-06
+    rsqrt = tl.rsqrt(v_2)
+    if tl.min(n) < 1024:
+        inside = n < 1024
+        i_k_2 = n % 128
+        i_r = n // 128 % 2
+        i_g = n // 256
+        v_3 = y0 * rsqrt
+        cos = tl.load(cos_ptr + t * 128 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
+        v_4 = y1 * rsqrt
+        sin = tl.load(sin_ptr + t * 128 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
+        tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2, (v_3 * cos) - (v_4 * sin),
+                mask=inside & t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2 + 128, (v_4 * cos) + (v_3 * sin),
+                mask=inside & t_mask)
+    if (tl.max(n) >= 1024) & (tl.min(n) < 1536):
+        inside_2 = (n >= 1024) & (n < 1536)
+        i = n - 1024
+        i_k_2_2 = i % 128
+        i_g_2 = i // 128
+        v_5 = y0 * rsqrt
+        cos_2 = tl.load(cos_ptr + t * 128 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
+        v_6 = y1 * rsqrt
+        sin_2 = tl.load(sin_ptr + t * 128 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
+        slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v_5 * cos_2) - (v_6 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_6 * cos_2) + (v_5 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 1536:
+        inside_3 = n >= 1536
+        i_2 = n - 1536
+        slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 1024
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y1 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def q_k_v_proj_stats(x_ptr, constant_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+                     PDL: tl.constexpr):
+    # gemma2.fuse:24   h = f32(x)
+    # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
+    # gemma2.fuse:33   q = rope[K](q_proj(x), pos, freqs)
+    # gemma2.fuse:34   k = rope[K](k_proj(x), pos, freqs)
+    # gemma2.fuse:35   v = v_proj(x)
+    # gemma2.fuse:36   o_proj(attend[K, mask=mask, score=softcap[score_cap], scale=scale](q, cache(k), cache(v), pos))
+    # gemma2.fuse:63   x = layers(x * (sqrt(D) as x), pos)
+    K: tl.constexpr = 2304
+    if PDL:
+        gdc_launch_dependents()
+    t = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    if PDL:
+        gdc_wait()
+    mean_k = tl.full([BLOCK_M, BLOCK_K], 0.0, tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        k_mask = k < K
+        x = tl.load(x_ptr + t * 2304 + k, mask=t_mask & k_mask, other=0).to(tl.float32)
+        constant = tl.load(constant_ptr).to(tl.float32)
+        v = x * constant
+        mean_k = mean_k + tl.where(k_mask, v * v, 0.0)
+    mean = tl.sum(mean_k, 1)[:, None] / 2304
+    tl.store(stats_ptr + t, mean, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def q_k_v_proj_epilogue(cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr, v_cache_ptr, product_ptr, stats_ptr, T,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # gemma2.fuse:24   h = f32(x)
+    # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
+    # gemma2.fuse:33   q = rope[K](q_proj(x), pos, freqs)
+    # gemma2.fuse:34   k = rope[K](k_proj(x), pos, freqs)
+    # gemma2.fuse:35   v = v_proj(x)
+    # gemma2.fuse:36   o_proj(attend[K, mask=mask, score=softcap[score_cap], scale=scale](q, cache(k), cache(v), pos))
+    # gemma2.fuse:63   x = layers(x * (sqrt(D) as x), pos)
+    ROWS: tl.constexpr = 2048
+    LEAVES: tl.constexpr = 2
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    y1 = tl.load(cell + ROWS, mask=t_mask, other=0).to(tl.float32)
+    mean = tl.load(stats_ptr + t, mask=t_mask, other=0)
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    if (tl.max(n) >= 0) & (tl.min(n) < 1024):
-        inside = (n >= 0) & (n < 1024)
+    if tl.min(n) < 1024:
+        inside = n < 1024
         i_k_2 = n % 128
         i_r = n // 128 % 2
         i_g = n // 256
@@ -274,34 +365,31 @@ def q_k_v_proj_matmul(q_k_v_proj_ptr, x_ptr, constant_ptr, cos_ptr, sin_ptr, out
         cos = tl.load(cos_ptr + t * 128 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
         v_3 = y1 * rsqrt
         sin = tl.load(sin_ptr + t * 128 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
-        tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2, (v_2 * cos) - (v_3 * sin), mask=inside
-                & t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2, (v_2 * cos) - (v_3 * sin),
+                mask=inside & t_mask)
         tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2 + 128, (v_3 * cos) + (v_2 * sin),
                 mask=inside & t_mask)
     if (tl.max(n) >= 1024) & (tl.min(n) < 1536):
         inside_2 = (n >= 1024) & (n < 1536)
-        i_2 = n - 1024
-        i_k_2_2 = i_2 % 128
-        i_g_2 = i_2 // 128
+        i = n - 1024
+        i_k_2_2 = i % 128
+        i_g_2 = i // 128
         v_4 = y0 * rsqrt
         cos_2 = tl.load(cos_ptr + t * 128 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         v_5 = y1 * rsqrt
         sin_2 = tl.load(sin_ptr + t * 128 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_5 * cos_2) + (v_4 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-    if (tl.max(n) >= 1536) & (tl.min(n) < 2048):
-        inside_3 = (n >= 1536) & (n < 2048)
-        i_3 = n - 1536
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_5 * cos_2) + (v_4 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 1536:
+        inside_3 = n >= 1536
+        i_2 = n - 1536
         slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
-    if (tl.max(n) >= 1536) & (tl.min(n) < 2048):
-        inside_4 = (n >= 1536) & (n < 2048)
-        i_4 = (n - 1536) + 512
-        slot_3 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_3 * 1024 + i_4, y1 * rsqrt, mask=inside_4 & t_mask & (slot_3 >= 0))
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 1024
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y1 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
 
 
 @triton.jit
@@ -398,9 +486,9 @@ def attention_decode(
         heads = (row * SPLITS + i)[None, :] * R + h[:, None]
         there = (i < used)[None, :] & (h < R)[:, None]
         logs = tl.load(lse + heads, mask=there, other=NEVER, cache_modifier=".cg")
-        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :], mask=there[:, :, None] & (dj < J)[None,
-                None, :],
-                          other=0.0, cache_modifier=".cg")
+        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :],
+        mask=there[:, :, None] & (dj < J)[None, None, :],
+                       other=0.0, cache_modifier=".cg")
         higher = tl.maximum(top, tl.max(logs, 1))
         weight = tl.exp2(logs - higher[:, None])
         fade = tl.exp2(top - higher)
@@ -601,6 +689,25 @@ def o_proj_matmul(o_proj_ptr, attended_ptr, out_ptr, T, BLOCK_M: tl.constexpr, B
 
 
 @triton.jit(do_not_specialize=["T"])
+def o_proj_epilogue(out_ptr, product_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # gemma2.fuse:36   o_proj(attend[K, mask=mask, score=softcap[score_cap], scale=scale](q, cache(k), cache(v), pos))
+    ROWS: tl.constexpr = 2304
+    LEAVES: tl.constexpr = 1
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    tl.store(out_ptr + t.to(tl.int64) * 2304 + n, y0, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
 def pre_feedforward_layernorm(x_2_ptr, x_ptr, constant_ptr, post_attention_layernorm_ptr, out0_ptr, out1_ptr, T,
                               BLOCK_M: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:24   h = f32(x)
@@ -620,11 +727,9 @@ def pre_feedforward_layernorm(x_2_ptr, x_ptr, constant_ptr, post_attention_layer
     x = tl.load(x_ptr + m * 2304 + j, mask=m_mask & j_mask, other=0).to(tl.float32)
     constant = tl.load(constant_ptr).to(tl.float32)
     post_attention_layernorm = tl.load(post_attention_layernorm_ptr + j, mask=j_mask, other=0).to(tl.float32)
-    v = ((x * constant) + ((x_2 * tl.rsqrt(mean + 1e-06)) * post_attention_layernorm)) * ((x * constant) + ((x_2 *
-            tl.rsqrt(mean + 1e-06)) * post_attention_layernorm))
-    mean_2 = tl.sum(tl.where(j_mask, v, 0.0), 1)[:, None] / 2304
-    tl.store(out0_ptr + m * 2304 + j, (x * constant) + ((x_2 * tl.rsqrt(mean + 1e-06)) * post_attention_layernorm),
-            mask=j_mask & m_mask)
+    v = (x * constant) + ((x_2 * tl.rsqrt(mean + 1e-06)) * post_attention_layernorm)
+    mean_2 = tl.sum(tl.where(j_mask, v * v, 0.0), 1)[:, None] / 2304
+    tl.store(out0_ptr + m * 2304 + j, v, mask=j_mask & m_mask)
     tl.store(out1_ptr + m * 1, tl.rsqrt(mean_2 + 1e-06), mask=m_mask)
 
 
@@ -665,10 +770,9 @@ def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, rsqrt_ptr, out_ptr, BLOCK_N: tl.c
 
 
 @triton.jit(do_not_specialize=["T"])
-def gate_up_proj_skinny(gate_up_proj_ptr, x_ptr, rsqrt_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M:
-        tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                        PDL: tl.constexpr):
+def gate_up_proj_skinny(gate_up_proj_ptr, x_ptr, rsqrt_ptr, out_ptr, partial_ptr, arrivals_ptr, T,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                        STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma2.fuse:43   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
     ROWS: tl.constexpr = 9216
@@ -757,6 +861,31 @@ def gate_up_proj_matmul(gate_up_proj_ptr, x_ptr, rsqrt_ptr, out_ptr, T, BLOCK_M:
     tl.store(out_ptr + t.to(tl.int64) * 9216 + n, v_2 * (y1 * rsqrt), mask=t_mask)
 
 
+@triton.jit(do_not_specialize=["T"])
+def gate_up_proj_epilogue(rsqrt_ptr, out_ptr, product_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                          PDL: tl.constexpr):
+    # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
+    # gemma2.fuse:43   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
+    ROWS: tl.constexpr = 9216
+    LEAVES: tl.constexpr = 2
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    y1 = tl.load(cell + ROWS, mask=t_mask, other=0).to(tl.float32)
+    rsqrt = tl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(tl.float32)
+    v = y0 * rsqrt
+    v_2 = (v * 0.5) * (1 + (2 * tl.sigmoid(2 * (0.7978845608028654 * (v + (0.044715 * ((v * v) * v))))) - 1))
+    tl.store(out_ptr + t.to(tl.int64) * 9216 + n, v_2 * (y1 * rsqrt), mask=t_mask)
+
+
 @triton.jit
 def down_proj_gemv(down_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
                    PDL: tl.constexpr):
@@ -829,9 +958,8 @@ def down_proj_skinny(down_proj_ptr, x_ptr, out_ptr, partial_ptr, arrivals_ptr, T
 
 
 @triton.jit(do_not_specialize=["T"])
-def down_proj_matmul(down_proj_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K:
-        tl.constexpr,
-                     GROUP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+def down_proj_matmul(down_proj_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:43   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
     ROWS: tl.constexpr = 2304
     K: tl.constexpr = 9216
@@ -858,6 +986,25 @@ def down_proj_matmul(down_proj_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BL
 
 
 @triton.jit(do_not_specialize=["T"])
+def down_proj_epilogue(out_ptr, product_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # gemma2.fuse:43   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
+    ROWS: tl.constexpr = 2304
+    LEAVES: tl.constexpr = 1
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    tl.store(out_ptr + t.to(tl.int64) * 2304 + n, y0, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
 def input_layernorm(x_ptr, x_2_ptr, post_feedforward_layernorm_ptr, out0_ptr, out1_ptr, T, BLOCK_M: tl.constexpr,
                     PDL: tl.constexpr):
     # gemma2.fuse:24   h = f32(x)
@@ -875,11 +1022,9 @@ def input_layernorm(x_ptr, x_2_ptr, post_feedforward_layernorm_ptr, out0_ptr, ou
     mean = tl.sum(tl.where(j_mask, x * x, 0.0), 1)[:, None] / 2304
     x_2 = tl.load(x_2_ptr + m * 2304 + j, mask=m_mask & j_mask, other=0).to(tl.float32)
     post_feedforward_layernorm = tl.load(post_feedforward_layernorm_ptr + j, mask=j_mask, other=0).to(tl.float32)
-    v = (x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_feedforward_layernorm)) * (x_2 + ((x * tl.rsqrt(mean + 1e-06)) *
-            post_feedforward_layernorm))
-    mean_2 = tl.sum(tl.where(j_mask, v, 0.0), 1)[:, None] / 2304
-    tl.store(out0_ptr + m * 2304 + j, x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_feedforward_layernorm), mask=j_mask &
-            m_mask)
+    v = x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_feedforward_layernorm)
+    mean_2 = tl.sum(tl.where(j_mask, v * v, 0.0), 1)[:, None] / 2304
+    tl.store(out0_ptr + m * 2304 + j, v, mask=j_mask & m_mask)
     tl.store(out1_ptr + m * 1, tl.rsqrt(mean_2 + 1e-06), mask=m_mask)
 
 
@@ -905,22 +1050,21 @@ def q_k_v_proj_2_gemv(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, cos_ptr, sin_ptr, out_pt
         gdc_wait()
     x = tl.load(x_ptr + k, mask=k_mask, other=0).to(tl.float32)
     rsqrt = tl.load(rsqrt_ptr).to(tl.float32)
-    inside = (n >= 0) & (n < 1024)
+    inside = n < 1024
     i_k_2 = n % 128
     i_r = n // 128 % 2
     i_g = n // 256
     cos = tl.load(cos_ptr + i_k_2, mask=inside, other=0).to(tl.float32)
     sin = tl.load(sin_ptr + i_k_2, mask=inside, other=0).to(tl.float32)
     inside_2 = (n >= 1024) & (n < 1536)
-    i_2 = n - 1024
-    i_k_2_2 = i_2 % 128
-    i_g_2 = i_2 // 128
+    i = n - 1024
+    i_k_2_2 = i % 128
+    i_g_2 = i // 128
     cos_2 = tl.load(cos_ptr + i_k_2_2, mask=inside_2, other=0).to(tl.float32)
     sin_2 = tl.load(sin_ptr + i_k_2_2, mask=inside_2, other=0).to(tl.float32)
     slot = tl.load(slots_ptr)
-    inside_3 = (n >= 1536) & (n < 2048)
-    i_3 = n - 1536
-    i_4 = (n - 1536) + 512
+    inside_3 = n >= 1536
+    i_2 = n - 1536
     acc0 = w0.to(tl.float32) * x[None, :]
     acc1 = w1.to(tl.float32) * x[None, :]
     for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
@@ -937,20 +1081,18 @@ def q_k_v_proj_2_gemv(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, cos_ptr, sin_ptr, out_pt
     v_2 = y1 * rsqrt
     tl.store(out_ptr + i_g * 512 + i_r * 256 + i_k_2, (v * cos) - (v_2 * sin), mask=inside)
     tl.store(out_ptr + i_g * 512 + i_r * 256 + i_k_2 + 128, (v_2 * cos) + (v * sin), mask=inside)
-    tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v * cos_2) - (v_2 * sin_2), mask=inside_2 & (slot >=
-            0))
-    tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_2 * cos_2) + (v * sin_2), mask=inside_2 & (slot
-            >= 0))
-    tl.store(v_cache_ptr + slot * 1024 + i_3, y0 * rsqrt, mask=inside_3 & (slot >= 0))
-    tl.store(v_cache_ptr + slot * 1024 + i_4, y1 * rsqrt, mask=inside_3 & (slot >= 0))
+    tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v * cos_2) - (v_2 * sin_2),
+            mask=inside_2 & (slot >= 0))
+    tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_2 * cos_2) + (v * sin_2),
+            mask=inside_2 & (slot >= 0))
+    tl.store(v_cache_ptr + slot * 1024 + i_2, y0 * rsqrt, mask=inside_3 & (slot >= 0))
+    tl.store(v_cache_ptr + slot * 1024 + i, y1 * rsqrt, mask=inside_3 & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
 def q_k_v_proj_2_skinny(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr,
-        v_cache_ptr,
-                        partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K:
-                                tl.constexpr,
-                        SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+                        v_cache_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                        BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma2.fuse:33   q = rope[K](q_proj(x), pos, freqs)
     # gemma2.fuse:34   k = rope[K](k_proj(x), pos, freqs)
@@ -1002,8 +1144,8 @@ def q_k_v_proj_2_skinny(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, cos_ptr, sin_ptr, out_
             y1 += tl.load(partial_ptr + (part * LEAVES + 1) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     rsqrt = tl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(tl.float32)
-    if (tl.max(n) >= 0) & (tl.min(n) < 1024):
-        inside = (n >= 0) & (n < 1024)
+    if tl.min(n) < 1024:
+        inside = n < 1024
         i_k_2 = n % 128
         i_r = n // 128 % 2
         i_g = n // 256
@@ -1011,41 +1153,37 @@ def q_k_v_proj_2_skinny(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, cos_ptr, sin_ptr, out_
         cos = tl.load(cos_ptr + t * 128 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
         v_2 = y1 * rsqrt
         sin = tl.load(sin_ptr + t * 128 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
-        tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2, (v * cos) - (v_2 * sin), mask=inside &
-                t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2, (v * cos) - (v_2 * sin),
+                mask=inside & t_mask)
         tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2 + 128, (v_2 * cos) + (v * sin),
                 mask=inside & t_mask)
     if (tl.max(n) >= 1024) & (tl.min(n) < 1536):
         inside_2 = (n >= 1024) & (n < 1536)
-        i_2 = n - 1024
-        i_k_2_2 = i_2 % 128
-        i_g_2 = i_2 // 128
+        i = n - 1024
+        i_k_2_2 = i % 128
+        i_g_2 = i // 128
         v_3 = y0 * rsqrt
         cos_2 = tl.load(cos_ptr + t * 128 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         v_4 = y1 * rsqrt
         sin_2 = tl.load(sin_ptr + t * 128 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v_3 * cos_2) - (v_4 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_4 * cos_2) + (v_3 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-    if (tl.max(n) >= 1536) & (tl.min(n) < 2048):
-        inside_3 = (n >= 1536) & (n < 2048)
-        i_3 = n - 1536
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v_3 * cos_2) - (v_4 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_4 * cos_2) + (v_3 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 1536:
+        inside_3 = n >= 1536
+        i_2 = n - 1536
         slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
-    if (tl.max(n) >= 1536) & (tl.min(n) < 2048):
-        inside_4 = (n >= 1536) & (n < 2048)
-        i_4 = (n - 1536) + 512
-        slot_3 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_3 * 1024 + i_4, y1 * rsqrt, mask=inside_4 & t_mask & (slot_3 >= 0))
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 1024
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y1 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
 def q_k_v_proj_2_matmul(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr,
-        v_cache_ptr, T,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-                        STAGES: tl.constexpr, PDL: tl.constexpr):
+                        v_cache_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                        GROUP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma2.fuse:33   q = rope[K](q_proj(x), pos, freqs)
     # gemma2.fuse:34   k = rope[K](k_proj(x), pos, freqs)
@@ -1076,8 +1214,8 @@ def q_k_v_proj_2_matmul(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, cos_ptr, sin_ptr, out_
         w1 = tl.load(w_row + ROWS * K + k.trans())
         y1 = tl.dot(a, w1, y1)
     rsqrt = tl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(tl.float32)
-    if (tl.max(n) >= 0) & (tl.min(n) < 1024):
-        inside = (n >= 0) & (n < 1024)
+    if tl.min(n) < 1024:
+        inside = n < 1024
         i_k_2 = n % 128
         i_r = n // 128 % 2
         i_g = n // 256
@@ -1085,34 +1223,90 @@ def q_k_v_proj_2_matmul(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, cos_ptr, sin_ptr, out_
         cos = tl.load(cos_ptr + t * 128 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
         v_2 = y1 * rsqrt
         sin = tl.load(sin_ptr + t * 128 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
-        tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2, (v * cos) - (v_2 * sin), mask=inside &
-                t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2, (v * cos) - (v_2 * sin),
+                mask=inside & t_mask)
         tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2 + 128, (v_2 * cos) + (v * sin),
                 mask=inside & t_mask)
     if (tl.max(n) >= 1024) & (tl.min(n) < 1536):
         inside_2 = (n >= 1024) & (n < 1536)
-        i_2 = n - 1024
-        i_k_2_2 = i_2 % 128
-        i_g_2 = i_2 // 128
+        i = n - 1024
+        i_k_2_2 = i % 128
+        i_g_2 = i // 128
         v_3 = y0 * rsqrt
         cos_2 = tl.load(cos_ptr + t * 128 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         v_4 = y1 * rsqrt
         sin_2 = tl.load(sin_ptr + t * 128 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v_3 * cos_2) - (v_4 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_4 * cos_2) + (v_3 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-    if (tl.max(n) >= 1536) & (tl.min(n) < 2048):
-        inside_3 = (n >= 1536) & (n < 2048)
-        i_3 = n - 1536
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v_3 * cos_2) - (v_4 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_4 * cos_2) + (v_3 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 1536:
+        inside_3 = n >= 1536
+        i_2 = n - 1536
         slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
-    if (tl.max(n) >= 1536) & (tl.min(n) < 2048):
-        inside_4 = (n >= 1536) & (n < 2048)
-        i_4 = (n - 1536) + 512
-        slot_3 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_3 * 1024 + i_4, y1 * rsqrt, mask=inside_4 & t_mask & (slot_3 >= 0))
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 1024
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y1 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def q_k_v_proj_2_epilogue(rsqrt_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr, v_cache_ptr, product_ptr, T,
+                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
+    # gemma2.fuse:33   q = rope[K](q_proj(x), pos, freqs)
+    # gemma2.fuse:34   k = rope[K](k_proj(x), pos, freqs)
+    # gemma2.fuse:35   v = v_proj(x)
+    # gemma2.fuse:36   o_proj(attend[K, mask=mask, score=softcap[score_cap], scale=scale](q, cache(k), cache(v), pos))
+    ROWS: tl.constexpr = 2048
+    LEAVES: tl.constexpr = 2
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    y1 = tl.load(cell + ROWS, mask=t_mask, other=0).to(tl.float32)
+    rsqrt = tl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(tl.float32)
+    if tl.min(n) < 1024:
+        inside = n < 1024
+        i_k_2 = n % 128
+        i_r = n // 128 % 2
+        i_g = n // 256
+        v = y0 * rsqrt
+        cos = tl.load(cos_ptr + t * 128 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
+        v_2 = y1 * rsqrt
+        sin = tl.load(sin_ptr + t * 128 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
+        tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2, (v * cos) - (v_2 * sin),
+                mask=inside & t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2 + 128, (v_2 * cos) + (v * sin),
+                mask=inside & t_mask)
+    if (tl.max(n) >= 1024) & (tl.min(n) < 1536):
+        inside_2 = (n >= 1024) & (n < 1536)
+        i = n - 1024
+        i_k_2_2 = i % 128
+        i_g_2 = i // 128
+        v_3 = y0 * rsqrt
+        cos_2 = tl.load(cos_ptr + t * 128 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
+        v_4 = y1 * rsqrt
+        sin_2 = tl.load(sin_ptr + t * 128 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
+        slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v_3 * cos_2) - (v_4 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_4 * cos_2) + (v_3 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 1536:
+        inside_3 = n >= 1536
+        i_2 = n - 1536
+        slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 1024
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y1 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
 
 
 @triton.jit
@@ -1209,9 +1403,9 @@ def attention_2_decode(
         heads = (row * SPLITS + i)[None, :] * R + h[:, None]
         there = (i < used)[None, :] & (h < R)[:, None]
         logs = tl.load(lse + heads, mask=there, other=NEVER, cache_modifier=".cg")
-        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :], mask=there[:, :, None] & (dj < J)[None,
-                None, :],
-                            other=0.0, cache_modifier=".cg")
+        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :],
+        mask=there[:, :, None] & (dj < J)[None, None, :],
+                       other=0.0, cache_modifier=".cg")
         higher = tl.maximum(top, tl.max(logs, 1))
         weight = tl.exp2(logs - higher[:, None])
         fade = tl.exp2(top - higher)
@@ -1311,9 +1505,8 @@ def attention_2_prefill(
 
 
 @triton.jit(do_not_specialize=["T"])
-def pre_feedforward_layernorm_2(x_ptr, x_2_ptr, post_attention_layernorm_ptr, out0_ptr, out1_ptr, T, BLOCK_M:
-        tl.constexpr,
-                                PDL: tl.constexpr):
+def pre_feedforward_layernorm_2(x_ptr, x_2_ptr, post_attention_layernorm_ptr, out0_ptr, out1_ptr, T,
+                                BLOCK_M: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:24   h = f32(x)
     # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma2.fuse:53   h = x + post_attention_layernorm(self_attn(input_layernorm(x), pos))
@@ -1329,11 +1522,9 @@ def pre_feedforward_layernorm_2(x_ptr, x_2_ptr, post_attention_layernorm_ptr, ou
     mean = tl.sum(tl.where(j_mask, x * x, 0.0), 1)[:, None] / 2304
     x_2 = tl.load(x_2_ptr + m * 2304 + j, mask=m_mask & j_mask, other=0).to(tl.float32)
     post_attention_layernorm = tl.load(post_attention_layernorm_ptr + j, mask=j_mask, other=0).to(tl.float32)
-    v = (x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_attention_layernorm)) * (x_2 + ((x * tl.rsqrt(mean + 1e-06)) *
-            post_attention_layernorm))
-    mean_2 = tl.sum(tl.where(j_mask, v, 0.0), 1)[:, None] / 2304
-    tl.store(out0_ptr + m * 2304 + j, x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_attention_layernorm), mask=j_mask &
-            m_mask)
+    v = x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_attention_layernorm)
+    mean_2 = tl.sum(tl.where(j_mask, v * v, 0.0), 1)[:, None] / 2304
+    tl.store(out0_ptr + m * 2304 + j, v, mask=j_mask & m_mask)
     tl.store(out1_ptr + m * 1, tl.rsqrt(mean_2 + 1e-06), mask=m_mask)
 
 
@@ -1354,14 +1545,13 @@ def rows(x_ptr, x_2_ptr, post_feedforward_layernorm_ptr, out_ptr, T, BLOCK_M: tl
     mean = tl.sum(tl.where(j_mask, x * x, 0.0), 1)[:, None] / 2304
     x_2 = tl.load(x_2_ptr + m * 2304 + j, mask=m_mask & j_mask, other=0).to(tl.float32)
     post_feedforward_layernorm = tl.load(post_feedforward_layernorm_ptr + j, mask=j_mask, other=0).to(tl.float32)
-    tl.store(out_ptr + m * 2304 + j, x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_feedforward_layernorm), mask=j_mask &
-            m_mask)
+    tl.store(out_ptr + m * 2304 + j, x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_feedforward_layernorm),
+            mask=j_mask & m_mask)
 
 
 @triton.jit
-def embed_tokens_2_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K:
-        tl.constexpr,
-                        STAGES: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_2_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BLOCK_N: tl.constexpr,
+                        BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:24   h = f32(x)
     # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma2.fuse:54   h + post_feedforward_layernorm(mlp(pre_feedforward_layernorm(h)))
@@ -1471,9 +1661,9 @@ def embed_tokens_2_skinny(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, 
 
 
 @triton.jit(do_not_specialize=["T"])
-def embed_tokens_2_matmul(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N:
-        tl.constexpr,
-                          BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_2_matmul(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, T, BLOCK_M: tl.constexpr,
+                          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+                          PDL: tl.constexpr):
     # gemma2.fuse:24   h = f32(x)
     # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma2.fuse:54   h + post_feedforward_layernorm(mlp(pre_feedforward_layernorm(h)))

@@ -25,7 +25,7 @@ def positions(T, pos, table, out0, out1):
         BLOCK_M=8, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def q_k_v_proj(T, q_k_v_proj, x, constant, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
+def q_k_v_proj(m, T, q_k_v_proj, x, constant, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
     if T == 1:
         kernels.q_k_v_proj_gemv[(triton.cdiv(2048, 2),)](
             q_k_v_proj, x, constant, cos, sin, out, k_cache, slots, v_cache,
@@ -42,29 +42,38 @@ def q_k_v_proj(T, q_k_v_proj, x, constant, cos, sin, out, k_cache, slots, v_cach
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(2048, 16), 2)](
             q_k_v_proj, x, constant, cos, sin, out, k_cache, slots, v_cache, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.q_k_v_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(2048, 64),)](
             q_k_v_proj, x, constant, cos, sin, out, k_cache, slots, v_cache, T,
             BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 4096)
+        torch.mm(x[:T], q_k_v_proj.view(4096, 2304).t(), out=product)
+        stats = m.stats(T, 1)
+        kernels.q_k_v_proj_stats[(triton.cdiv(T, 4),)](
+            x, constant, stats, T,
+            BLOCK_M=4, BLOCK_K=1024, PDL=PDL, num_warps=4, launch_pdl=PDL)
+        kernels.q_k_v_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(2048, 256),)](
+            cos, sin, out, k_cache, slots, v_cache, product, stats, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def attention(m, b, q, k_cache, v_cache, out):
     sequences = b.context_lens.shape[0]
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=4, R=2, K=256, J=256, page=m.block_size, itemsize=2, pdl=PDL)
-        kernels.attention_decode[launch.grid](q, k_cache, v_cache, b.block_tables, b.context_lens, out,
-                *m.scratch(launch), 2048,
+        kernels.attention_decode[launch.grid](
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 2048,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:
         launch = prefill_launch(sequences, b.max_query, G=4, R=2, K=256, J=256, page=m.block_size, itemsize=2, pdl=PDL)
-        kernels.attention_prefill[launch.grid](q, k_cache, v_cache, b.block_tables, b.query_starts, b.context_lens, out,
-                2048,
-            b.block_tables.stride(0),
+        kernels.attention_prefill[launch.grid](
+            q, k_cache, v_cache, b.block_tables, b.query_starts, b.context_lens, out, 2048, b.block_tables.stride(0),
             **launch.constants, **launch.options)
 
 
-def o_proj(T, o_proj, attended, out, partial, arrivals):
+def o_proj(m, T, o_proj, attended, out, partial, arrivals):
     if T == 1:
         kernels.o_proj_gemv[(triton.cdiv(2304, 4),)](
             o_proj, attended, out,
@@ -81,10 +90,16 @@ def o_proj(T, o_proj, attended, out, partial, arrivals):
         kernels.o_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(2304, 32), 2)](
             o_proj, attended, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.o_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(2304, 128),)](
             o_proj, attended, out, T,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 2304)
+        torch.mm(attended[:T], o_proj.view(2304, 2048).t(), out=product)
+        kernels.o_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(2304, 256),)](
+            out, product, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def pre_feedforward_layernorm(T, x_2, x, constant, post_attention_layernorm, out0, out1):
@@ -93,7 +108,7 @@ def pre_feedforward_layernorm(T, x_2, x, constant, post_attention_layernorm, out
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
 
 
-def gate_up_proj(T, gate_up_proj, x, rsqrt, out, partial, arrivals):
+def gate_up_proj(m, T, gate_up_proj, x, rsqrt, out, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(9216, 4),)](
             gate_up_proj, x, rsqrt, out,
@@ -110,13 +125,19 @@ def gate_up_proj(T, gate_up_proj, x, rsqrt, out, partial, arrivals):
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(9216, 16), 1)](
             gate_up_proj, x, rsqrt, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.gate_up_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(9216, 64),)](
             gate_up_proj, x, rsqrt, out, T,
             BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 18432)
+        torch.mm(x[:T], gate_up_proj.view(18432, 2304).t(), out=product)
+        kernels.gate_up_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(9216, 256),)](
+            rsqrt, out, product, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def down_proj(T, down_proj, x, out, partial, arrivals):
+def down_proj(m, T, down_proj, x, out, partial, arrivals):
     if T == 1:
         kernels.down_proj_gemv[(triton.cdiv(2304, 4),)](
             down_proj, x, out,
@@ -133,10 +154,16 @@ def down_proj(T, down_proj, x, out, partial, arrivals):
         kernels.down_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(2304, 32), 2)](
             down_proj, x, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.down_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(2304, 128),)](
             down_proj, x, out, T,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 2304)
+        torch.mm(x[:T], down_proj.view(2304, 9216).t(), out=product)
+        kernels.down_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(2304, 256),)](
+            out, product, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def input_layernorm(T, x, x_2, post_feedforward_layernorm, out0, out1):
@@ -145,7 +172,7 @@ def input_layernorm(T, x, x_2, post_feedforward_layernorm, out0, out1):
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
 
 
-def q_k_v_proj_2(T, q_k_v_proj, x, rsqrt, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
+def q_k_v_proj_2(m, T, q_k_v_proj, x, rsqrt, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
     if T == 1:
         kernels.q_k_v_proj_2_gemv[(triton.cdiv(2048, 2),)](
             q_k_v_proj, x, rsqrt, cos, sin, out, k_cache, slots, v_cache,
@@ -162,25 +189,30 @@ def q_k_v_proj_2(T, q_k_v_proj, x, rsqrt, cos, sin, out, k_cache, slots, v_cache
         kernels.q_k_v_proj_2_skinny[(triton.cdiv(T, 64) * triton.cdiv(2048, 16), 2)](
             q_k_v_proj, x, rsqrt, cos, sin, out, k_cache, slots, v_cache, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.q_k_v_proj_2_matmul[(triton.cdiv(T, 128) * triton.cdiv(2048, 64),)](
             q_k_v_proj, x, rsqrt, cos, sin, out, k_cache, slots, v_cache, T,
             BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 4096)
+        torch.mm(x[:T], q_k_v_proj.view(4096, 2304).t(), out=product)
+        kernels.q_k_v_proj_2_epilogue[(triton.cdiv(T, 8) * triton.cdiv(2048, 256),)](
+            rsqrt, cos, sin, out, k_cache, slots, v_cache, product, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def attention_2(m, b, q, k_cache, v_cache, out):
     sequences = b.context_lens.shape[0]
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=4, R=2, K=256, J=256, page=m.block_size, itemsize=2, pdl=PDL)
-        kernels.attention_2_decode[launch.grid](q, k_cache, v_cache, b.block_tables, b.context_lens, out,
-                *m.scratch(launch), 2048,
+        kernels.attention_2_decode[launch.grid](
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 2048,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:
         launch = prefill_launch(sequences, b.max_query, G=4, R=2, K=256, J=256, page=m.block_size, itemsize=2, pdl=PDL)
-        kernels.attention_2_prefill[launch.grid](q, k_cache, v_cache, b.block_tables, b.query_starts, b.context_lens,
-                out, 2048,
-            b.block_tables.stride(0),
+        kernels.attention_2_prefill[launch.grid](
+            q, k_cache, v_cache, b.block_tables, b.query_starts, b.context_lens, out, 2048, b.block_tables.stride(0),
             **launch.constants, **launch.options)
 
 
@@ -226,22 +258,22 @@ def step(m, b):
     logits = torch.empty((N, 256000), dtype=torch.float32, device=b.ids.device)
     embed_tokens(T, b.ids, w["model.embed_tokens"], m.x)
     positions(T, b.positions, w["constants.table"], m.cos, m.sin)
-    q_k_v_proj(T, w["model.layers.0.q_k_v_proj"], m.x, w["constants.constant"], m.cos, m.sin, m.x_2,
+    q_k_v_proj(m, T, w["model.layers.0.q_k_v_proj"], m.x, w["constants.constant"], m.cos, m.sin, m.x_2,
             c["model.layers.0.self_attn.k"], b.slots, c["model.layers.0.self_attn.v"], m.partial, m.arrivals)
     attention(m, b, m.x_2, c["model.layers.0.self_attn.k"], c["model.layers.0.self_attn.v"], m.attended)
-    o_proj(T, w["model.layers.0.self_attn.o_proj"], m.attended, m.x_3, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.attended, m.x_3, m.partial, m.arrivals)
     pre_feedforward_layernorm(T, m.x_3, m.x, w["constants.constant"], w["model.layers.0.post_attention_layernorm"],
             m.x_4, m.rsqrt)
-    gate_up_proj(T, w["model.layers.0.gate_up_proj"], m.x_4, m.rsqrt, m.x_5, m.partial, m.arrivals)
-    down_proj(T, w["model.layers.0.mlp.down_proj"], m.x_5, m.x, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.0.gate_up_proj"], m.x_4, m.rsqrt, m.x_5, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_5, m.x, m.partial, m.arrivals)
     input_layernorm(T, m.x, m.x_4, w["model.layers.0.post_feedforward_layernorm"], m.x_6, m.rsqrt_2)
-    q_k_v_proj_2(T, w["model.layers.1.q_k_v_proj"], m.x_6, m.rsqrt_2, m.cos, m.sin, m.x_7,
+    q_k_v_proj_2(m, T, w["model.layers.1.q_k_v_proj"], m.x_6, m.rsqrt_2, m.cos, m.sin, m.x_7,
             c["model.layers.1.self_attn.k"], b.slots, c["model.layers.1.self_attn.v"], m.partial, m.arrivals)
     attention_2(m, b, m.x_7, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.attended_2)
-    o_proj(T, w["model.layers.1.self_attn.o_proj"], m.attended_2, m.x_8, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.attended_2, m.x_8, m.partial, m.arrivals)
     pre_feedforward_layernorm_2(T, m.x_8, m.x_6, w["model.layers.1.post_attention_layernorm"], m.x, m.rsqrt_3)
-    gate_up_proj(T, w["model.layers.1.gate_up_proj"], m.x, m.rsqrt_3, m.x_9, m.partial, m.arrivals)
-    down_proj(T, w["model.layers.1.mlp.down_proj"], m.x_9, m.x_10, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x, m.rsqrt_3, m.x_9, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_9, m.x_10, m.partial, m.arrivals)
     rows(T, m.x_10, m.x, w["model.layers.1.post_feedforward_layernorm"], m.x_11)
     embed_tokens_2(N, w["model.embed_tokens"], b.rows, m.x_11, w["model.norm"], logits, m.partial, m.arrivals)
     return logits

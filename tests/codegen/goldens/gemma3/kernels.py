@@ -25,9 +25,8 @@ def embed_tokens(ids_ptr, embed_tokens_ptr, out_ptr, T, BLOCK_M: tl.constexpr, P
 
 
 @triton.jit
-def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, constant_ptr, out0_ptr, out1_ptr, v_cache_ptr, slots_ptr, BLOCK_N:
-        tl.constexpr,
-                    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, constant_ptr, out0_ptr, out1_ptr, v_cache_ptr, slots_ptr,
+                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:38   q = rope[K](q_norm(q_proj(x)), pos, near if local else whole)
@@ -48,29 +47,31 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, constant_ptr, out0_ptr, out1_ptr, v_c
         gdc_wait()
     x = tl.load(x_ptr + k, mask=k_mask, other=0).to(tl.float32)
     constant = tl.load(constant_ptr).to(tl.float32)
-    inside = (n >= 0) & (n < 1024)
+    v = x * constant
+    inside = n < 1024
     inside_2 = (n >= 1024) & (n < 1280)
-    i_2 = n - 1024
-    inside_3 = (n >= 1280) & (n < 1536)
-    i_3 = n - 1280
+    i = n - 1024
+    inside_3 = n >= 1280
+    i_2 = n - 1280
     slot = tl.load(slots_ptr)
     acc0 = w0.to(tl.float32) * x[None, :]
-    mean_k = tl.where(k_mask, (x * constant) * (x * constant), 0.0)
+    mean_k = tl.where(k_mask, v * v, 0.0)
     for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         k_mask = k < K
         w0 = tl.load(w_row + k[None, :], mask=k_mask[None, :], other=0, eviction_policy="evict_first")
         x = tl.load(x_ptr + k, mask=k_mask, other=0).to(tl.float32)
         constant = tl.load(constant_ptr).to(tl.float32)
+        v = x * constant
         acc0 += w0.to(tl.float32) * x[None, :]
-        mean_k = mean_k + tl.where(k_mask, (x * constant) * (x * constant), 0.0)
+        mean_k = mean_k + tl.where(k_mask, v * v, 0.0)
     y0 = tl.sum(acc0, 1)
     mean = tl.sum(mean_k, 0) / 1152
-    v = mean + 1e-06
-    rsqrt = tl.rsqrt(v)
+    v_2 = mean + 1e-06
+    rsqrt = tl.rsqrt(v_2)
     tl.store(out0_ptr + n, y0 * rsqrt, mask=inside)
-    tl.store(out1_ptr + i_2, y0 * rsqrt, mask=inside_2)
-    tl.store(v_cache_ptr + slot * 256 + i_3, y0 * rsqrt, mask=inside_3 & (slot >= 0))
+    tl.store(out1_ptr + i, y0 * rsqrt, mask=inside_2)
+    tl.store(v_cache_ptr + slot * 256 + i_2, y0 * rsqrt, mask=inside_3 & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -107,8 +108,9 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, constant_ptr, out0_ptr, out1_ptr, v
     a = tl.load(x_ptr + t * 1152 + k, mask=t_mask & k_mask, other=0, eviction_policy="evict_last")
     x = tl.load(x_ptr + t * 1152 + k, mask=t_mask & k_mask, other=0).to(tl.float32)
     constant = tl.load(constant_ptr).to(tl.float32)
+    v = x * constant
     y0 = tl.dot(w0, a)
-    mean_k = tl.where(k_mask, (x * constant) * (x * constant), 0.0)
+    mean_k = tl.where(k_mask, v * v, 0.0)
     for start in tl.range(first + BLOCK_K, last, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)[:, None]
         k_mask = k < last
@@ -116,8 +118,9 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, constant_ptr, out0_ptr, out1_ptr, v
         a = tl.load(x_ptr + t * 1152 + k, mask=t_mask & k_mask, other=0, eviction_policy="evict_last")
         x = tl.load(x_ptr + t * 1152 + k, mask=t_mask & k_mask, other=0).to(tl.float32)
         constant = tl.load(constant_ptr).to(tl.float32)
+        v = x * constant
         y0 = tl.dot(w0, a, y0)
-        mean_k = mean_k + tl.where(k_mask, (x * constant) * (x * constant), 0.0)
+        mean_k = mean_k + tl.where(k_mask, v * v, 0.0)
     mean = tl.sum(mean_k, 0)[None, :]
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
@@ -137,20 +140,20 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, constant_ptr, out0_ptr, out1_ptr, v
             mean = mean + mean_part
         tl.store(arrivals_ptr + tile, 0)
     mean = mean / 1152
-    v = mean + 1e-06
-    rsqrt = tl.rsqrt(v)
-    if (tl.max(n) >= 0) & (tl.min(n) < 1024):
-        inside = (n >= 0) & (n < 1024)
+    v_2 = mean + 1e-06
+    rsqrt = tl.rsqrt(v_2)
+    if tl.min(n) < 1024:
+        inside = n < 1024
         tl.store(out0_ptr + t.to(tl.int64) * 1024 + n, y0 * rsqrt, mask=inside & t_mask)
     if (tl.max(n) >= 1024) & (tl.min(n) < 1280):
         inside_2 = (n >= 1024) & (n < 1280)
-        i_2 = n - 1024
-        tl.store(out1_ptr + t.to(tl.int64) * 256 + i_2, y0 * rsqrt, mask=inside_2 & t_mask)
-    if (tl.max(n) >= 1280) & (tl.min(n) < 1536):
-        inside_3 = (n >= 1280) & (n < 1536)
-        i_3 = n - 1280
+        i = n - 1024
+        tl.store(out1_ptr + t.to(tl.int64) * 256 + i, y0 * rsqrt, mask=inside_2 & t_mask)
+    if tl.max(n) >= 1280:
+        inside_3 = n >= 1280
+        i_2 = n - 1280
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot * 256 + i_3, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
+        tl.store(v_cache_ptr + slot * 256 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -186,24 +189,94 @@ def q_k_v_proj_matmul(q_k_v_proj_ptr, x_ptr, constant_ptr, out0_ptr, out1_ptr, v
         a = tl.load(x_ptr + t * 1152 + k, mask=t_mask, other=0, eviction_policy="evict_last")
         x = tl.load(x_ptr + t * 1152 + k, mask=t_mask, other=0).to(tl.float32)
         constant = tl.load(constant_ptr).to(tl.float32)
+        v = x * constant
         w0 = tl.load(w_row + k.trans())
         y0 = tl.dot(a, w0, y0)
-        mean_k = mean_k + ((x * constant) * (x * constant))
+        mean_k = mean_k + (v * v)
     mean = tl.sum(mean_k, 1)[:, None] / 1152
-    v = mean + 1e-06
-    rsqrt = tl.rsqrt(v)
-    if (tl.max(n) >= 0) & (tl.min(n) < 1024):
-        inside = (n >= 0) & (n < 1024)
+    v_2 = mean + 1e-06
+    rsqrt = tl.rsqrt(v_2)
+    if tl.min(n) < 1024:
+        inside = n < 1024
         tl.store(out0_ptr + t.to(tl.int64) * 1024 + n, y0 * rsqrt, mask=inside & t_mask)
     if (tl.max(n) >= 1024) & (tl.min(n) < 1280):
         inside_2 = (n >= 1024) & (n < 1280)
-        i_2 = n - 1024
-        tl.store(out1_ptr + t.to(tl.int64) * 256 + i_2, y0 * rsqrt, mask=inside_2 & t_mask)
-    if (tl.max(n) >= 1280) & (tl.min(n) < 1536):
-        inside_3 = (n >= 1280) & (n < 1536)
-        i_3 = n - 1280
+        i = n - 1024
+        tl.store(out1_ptr + t.to(tl.int64) * 256 + i, y0 * rsqrt, mask=inside_2 & t_mask)
+    if tl.max(n) >= 1280:
+        inside_3 = n >= 1280
+        i_2 = n - 1280
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot * 256 + i_3, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
+        tl.store(v_cache_ptr + slot * 256 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def q_k_v_proj_stats(x_ptr, constant_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+                     PDL: tl.constexpr):
+    # gemma3.fuse:27   h = f32(x)
+    # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
+    # gemma3.fuse:38   q = rope[K](q_norm(q_proj(x)), pos, near if local else whole)
+    # gemma3.fuse:39   k = rope[K](k_norm(k_proj(x)), pos, near if local else whole)
+    # gemma3.fuse:40   v = v_proj(x)
+    # gemma3.fuse:41   o_proj(attend[K, mask=window[W] if local else causal, scale=scale](q, cache(k), cache(v), pos))
+    # gemma3.fuse:68   x = layers(x * (sqrt(D) as x), pos)
+    K: tl.constexpr = 1152
+    if PDL:
+        gdc_launch_dependents()
+    t = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    if PDL:
+        gdc_wait()
+    mean_k = tl.full([BLOCK_M, BLOCK_K], 0.0, tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        k_mask = k < K
+        x = tl.load(x_ptr + t * 1152 + k, mask=t_mask & k_mask, other=0).to(tl.float32)
+        constant = tl.load(constant_ptr).to(tl.float32)
+        v = x * constant
+        mean_k = mean_k + tl.where(k_mask, v * v, 0.0)
+    mean = tl.sum(mean_k, 1)[:, None] / 1152
+    tl.store(stats_ptr + t, mean, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def q_k_v_proj_epilogue(out0_ptr, out1_ptr, v_cache_ptr, slots_ptr, product_ptr, stats_ptr, T, BLOCK_M: tl.constexpr,
+                        BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # gemma3.fuse:27   h = f32(x)
+    # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
+    # gemma3.fuse:38   q = rope[K](q_norm(q_proj(x)), pos, near if local else whole)
+    # gemma3.fuse:39   k = rope[K](k_norm(k_proj(x)), pos, near if local else whole)
+    # gemma3.fuse:40   v = v_proj(x)
+    # gemma3.fuse:41   o_proj(attend[K, mask=window[W] if local else causal, scale=scale](q, cache(k), cache(v), pos))
+    # gemma3.fuse:68   x = layers(x * (sqrt(D) as x), pos)
+    ROWS: tl.constexpr = 1536
+    LEAVES: tl.constexpr = 1
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    mean = tl.load(stats_ptr + t, mask=t_mask, other=0)
+    v = mean + 1e-06
+    rsqrt = tl.rsqrt(v)
+    if tl.min(n) < 1024:
+        inside = n < 1024
+        tl.store(out0_ptr + t.to(tl.int64) * 1024 + n, y0 * rsqrt, mask=inside & t_mask)
+    if (tl.max(n) >= 1024) & (tl.min(n) < 1280):
+        inside_2 = (n >= 1024) & (n < 1280)
+        i = n - 1024
+        tl.store(out1_ptr + t.to(tl.int64) * 256 + i, y0 * rsqrt, mask=inside_2 & t_mask)
+    if tl.max(n) >= 1280:
+        inside_3 = n >= 1280
+        i_2 = n - 1280
+        slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
+        tl.store(v_cache_ptr + slot * 256 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -281,8 +354,8 @@ def self_attn(x_ptr, q_norm_ptr, cos_ptr, q_norm_2_ptr, sin_ptr, out_ptr, x_2_pt
         sin_2 = tl.load(sin_ptr + t * 128 + j_3, mask=m_mask, other=0).to(tl.float32)
         slot = tl.load(slots_ptr + t, mask=m_mask, other=-1)
         tl.store(k_cache_ptr + slot * 256 + i * 256 + j_3, (v_3 * cos_2) - (v_4 * sin_2), mask=m_mask & (slot >= 0))
-        tl.store(k_cache_ptr + slot * 256 + i * 256 + j_3 + 128, (v_4 * cos_2) + (v_3 * sin_2), mask=m_mask & (slot >=
-                0))
+        tl.store(k_cache_ptr + slot * 256 + i * 256 + j_3 + 128, (v_4 * cos_2) + (v_3 * sin_2),
+                mask=m_mask & (slot >= 0))
 
 
 @triton.jit
@@ -378,9 +451,9 @@ def attention_decode(
         heads = (row * SPLITS + i)[None, :] * R + h[:, None]
         there = (i < used)[None, :] & (h < R)[:, None]
         logs = tl.load(lse + heads, mask=there, other=NEVER, cache_modifier=".cg")
-        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :], mask=there[:, :, None] & (dj < J)[None,
-                None, :],
-                          other=0.0, cache_modifier=".cg")
+        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :],
+        mask=there[:, :, None] & (dj < J)[None, None, :],
+                       other=0.0, cache_modifier=".cg")
         higher = tl.maximum(top, tl.max(logs, 1))
         weight = tl.exp2(logs - higher[:, None])
         fade = tl.exp2(top - higher)
@@ -580,6 +653,26 @@ def o_proj_matmul(o_proj_ptr, attended_ptr, out_ptr, T, BLOCK_M: tl.constexpr, B
 
 
 @triton.jit(do_not_specialize=["T"])
+def o_proj_epilogue(out_ptr, product_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # gemma3.fuse:41   o_proj(attend[K, mask=window[W] if local else causal, scale=scale](q, cache(k), cache(v), pos))
+    ROWS: tl.constexpr = 1152
+    LEAVES: tl.constexpr = 1
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    n_mask = n < ROWS
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask & n_mask, other=0).to(tl.float32)
+    tl.store(out_ptr + t.to(tl.int64) * 1152 + n, y0, mask=n_mask & t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
 def pre_feedforward_layernorm(x_2_ptr, x_ptr, constant_ptr, post_attention_layernorm_ptr, out0_ptr, out1_ptr, T,
                               BLOCK_M: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
@@ -599,11 +692,9 @@ def pre_feedforward_layernorm(x_2_ptr, x_ptr, constant_ptr, post_attention_layer
     x = tl.load(x_ptr + m * 1152 + j, mask=m_mask & j_mask, other=0).to(tl.float32)
     constant = tl.load(constant_ptr).to(tl.float32)
     post_attention_layernorm = tl.load(post_attention_layernorm_ptr + j, mask=j_mask, other=0).to(tl.float32)
-    v = ((x * constant) + ((x_2 * tl.rsqrt(mean + 1e-06)) * post_attention_layernorm)) * ((x * constant) + ((x_2 *
-            tl.rsqrt(mean + 1e-06)) * post_attention_layernorm))
-    mean_2 = tl.sum(tl.where(j_mask, v, 0.0), 1)[:, None] / 1152
-    tl.store(out0_ptr + m * 1152 + j, (x * constant) + ((x_2 * tl.rsqrt(mean + 1e-06)) * post_attention_layernorm),
-            mask=j_mask & m_mask)
+    v = (x * constant) + ((x_2 * tl.rsqrt(mean + 1e-06)) * post_attention_layernorm)
+    mean_2 = tl.sum(tl.where(j_mask, v * v, 0.0), 1)[:, None] / 1152
+    tl.store(out0_ptr + m * 1152 + j, v, mask=j_mask & m_mask)
     tl.store(out1_ptr + m * 1, tl.rsqrt(mean_2 + 1e-06), mask=m_mask)
 
 
@@ -644,10 +735,9 @@ def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, rsqrt_ptr, out_ptr, BLOCK_N: tl.c
 
 
 @triton.jit(do_not_specialize=["T"])
-def gate_up_proj_skinny(gate_up_proj_ptr, x_ptr, rsqrt_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M:
-        tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                        PDL: tl.constexpr):
+def gate_up_proj_skinny(gate_up_proj_ptr, x_ptr, rsqrt_ptr, out_ptr, partial_ptr, arrivals_ptr, T,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                        STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:48   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
     ROWS: tl.constexpr = 6912
@@ -736,6 +826,31 @@ def gate_up_proj_matmul(gate_up_proj_ptr, x_ptr, rsqrt_ptr, out_ptr, T, BLOCK_M:
     tl.store(out_ptr + t.to(tl.int64) * 6912 + n, v_2 * (y1 * rsqrt), mask=t_mask)
 
 
+@triton.jit(do_not_specialize=["T"])
+def gate_up_proj_epilogue(rsqrt_ptr, out_ptr, product_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                          PDL: tl.constexpr):
+    # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
+    # gemma3.fuse:48   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
+    ROWS: tl.constexpr = 6912
+    LEAVES: tl.constexpr = 2
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    y1 = tl.load(cell + ROWS, mask=t_mask, other=0).to(tl.float32)
+    rsqrt = tl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(tl.float32)
+    v = y0 * rsqrt
+    v_2 = (v * 0.5) * (1 + (2 * tl.sigmoid(2 * (0.7978845608028654 * (v + (0.044715 * ((v * v) * v))))) - 1))
+    tl.store(out_ptr + t.to(tl.int64) * 6912 + n, v_2 * (y1 * rsqrt), mask=t_mask)
+
+
 @triton.jit
 def down_proj_gemv(down_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
                    PDL: tl.constexpr):
@@ -812,9 +927,8 @@ def down_proj_skinny(down_proj_ptr, x_ptr, out_ptr, partial_ptr, arrivals_ptr, T
 
 
 @triton.jit(do_not_specialize=["T"])
-def down_proj_matmul(down_proj_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K:
-        tl.constexpr,
-                     GROUP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+def down_proj_matmul(down_proj_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:48   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
     ROWS: tl.constexpr = 1152
     K: tl.constexpr = 6912
@@ -841,6 +955,26 @@ def down_proj_matmul(down_proj_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BL
 
 
 @triton.jit(do_not_specialize=["T"])
+def down_proj_epilogue(out_ptr, product_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # gemma3.fuse:48   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
+    ROWS: tl.constexpr = 1152
+    LEAVES: tl.constexpr = 1
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    n_mask = n < ROWS
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask & n_mask, other=0).to(tl.float32)
+    tl.store(out_ptr + t.to(tl.int64) * 1152 + n, y0, mask=n_mask & t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
 def input_layernorm(x_ptr, x_2_ptr, post_feedforward_layernorm_ptr, out0_ptr, out1_ptr, T, BLOCK_M: tl.constexpr,
                     PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
@@ -858,18 +992,15 @@ def input_layernorm(x_ptr, x_2_ptr, post_feedforward_layernorm_ptr, out0_ptr, ou
     mean = tl.sum(tl.where(j_mask, x * x, 0.0), 1)[:, None] / 1152
     x_2 = tl.load(x_2_ptr + m * 1152 + j, mask=m_mask & j_mask, other=0).to(tl.float32)
     post_feedforward_layernorm = tl.load(post_feedforward_layernorm_ptr + j, mask=j_mask, other=0).to(tl.float32)
-    v = (x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_feedforward_layernorm)) * (x_2 + ((x * tl.rsqrt(mean + 1e-06)) *
-            post_feedforward_layernorm))
-    mean_2 = tl.sum(tl.where(j_mask, v, 0.0), 1)[:, None] / 1152
-    tl.store(out0_ptr + m * 1152 + j, x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_feedforward_layernorm), mask=j_mask &
-            m_mask)
+    v = x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_feedforward_layernorm)
+    mean_2 = tl.sum(tl.where(j_mask, v * v, 0.0), 1)[:, None] / 1152
+    tl.store(out0_ptr + m * 1152 + j, v, mask=j_mask & m_mask)
     tl.store(out1_ptr + m * 1, tl.rsqrt(mean_2 + 1e-06), mask=m_mask)
 
 
 @triton.jit
-def q_k_v_proj_2_gemv(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, out0_ptr, out1_ptr, v_cache_ptr, slots_ptr, BLOCK_N:
-        tl.constexpr,
-                      BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+def q_k_v_proj_2_gemv(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, out0_ptr, out1_ptr, v_cache_ptr, slots_ptr,
+                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:38   q = rope[K](q_norm(q_proj(x)), pos, near if local else whole)
     # gemma3.fuse:39   k = rope[K](k_norm(k_proj(x)), pos, near if local else whole)
@@ -888,11 +1019,11 @@ def q_k_v_proj_2_gemv(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, out0_ptr, out1_ptr, v_ca
         gdc_wait()
     x = tl.load(x_ptr + k, mask=k_mask, other=0).to(tl.float32)
     rsqrt = tl.load(rsqrt_ptr).to(tl.float32)
-    inside = (n >= 0) & (n < 1024)
+    inside = n < 1024
     inside_2 = (n >= 1024) & (n < 1280)
-    i_2 = n - 1024
-    inside_3 = (n >= 1280) & (n < 1536)
-    i_3 = n - 1280
+    i = n - 1024
+    inside_3 = n >= 1280
+    i_2 = n - 1280
     slot = tl.load(slots_ptr)
     acc0 = w0.to(tl.float32) * x[None, :]
     for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
@@ -903,8 +1034,8 @@ def q_k_v_proj_2_gemv(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, out0_ptr, out1_ptr, v_ca
         acc0 += w0.to(tl.float32) * x[None, :]
     y0 = tl.sum(acc0, 1)
     tl.store(out0_ptr + n, y0 * rsqrt, mask=inside)
-    tl.store(out1_ptr + i_2, y0 * rsqrt, mask=inside_2)
-    tl.store(v_cache_ptr + slot * 256 + i_3, y0 * rsqrt, mask=inside_3 & (slot >= 0))
+    tl.store(out1_ptr + i, y0 * rsqrt, mask=inside_2)
+    tl.store(v_cache_ptr + slot * 256 + i_2, y0 * rsqrt, mask=inside_3 & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -957,18 +1088,18 @@ def q_k_v_proj_2_skinny(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, out0_ptr, out1_ptr, v_
             y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     rsqrt = tl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(tl.float32)
-    if (tl.max(n) >= 0) & (tl.min(n) < 1024):
-        inside = (n >= 0) & (n < 1024)
+    if tl.min(n) < 1024:
+        inside = n < 1024
         tl.store(out0_ptr + t.to(tl.int64) * 1024 + n, y0 * rsqrt, mask=inside & t_mask)
     if (tl.max(n) >= 1024) & (tl.min(n) < 1280):
         inside_2 = (n >= 1024) & (n < 1280)
-        i_2 = n - 1024
-        tl.store(out1_ptr + t.to(tl.int64) * 256 + i_2, y0 * rsqrt, mask=inside_2 & t_mask)
-    if (tl.max(n) >= 1280) & (tl.min(n) < 1536):
-        inside_3 = (n >= 1280) & (n < 1536)
-        i_3 = n - 1280
+        i = n - 1024
+        tl.store(out1_ptr + t.to(tl.int64) * 256 + i, y0 * rsqrt, mask=inside_2 & t_mask)
+    if tl.max(n) >= 1280:
+        inside_3 = n >= 1280
+        i_2 = n - 1280
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot * 256 + i_3, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
+        tl.store(v_cache_ptr + slot * 256 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -1002,24 +1133,59 @@ def q_k_v_proj_2_matmul(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, out0_ptr, out1_ptr, v_
         w0 = tl.load(w_row + k.trans())
         y0 = tl.dot(a, w0, y0)
     rsqrt = tl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(tl.float32)
-    if (tl.max(n) >= 0) & (tl.min(n) < 1024):
-        inside = (n >= 0) & (n < 1024)
+    if tl.min(n) < 1024:
+        inside = n < 1024
         tl.store(out0_ptr + t.to(tl.int64) * 1024 + n, y0 * rsqrt, mask=inside & t_mask)
     if (tl.max(n) >= 1024) & (tl.min(n) < 1280):
         inside_2 = (n >= 1024) & (n < 1280)
-        i_2 = n - 1024
-        tl.store(out1_ptr + t.to(tl.int64) * 256 + i_2, y0 * rsqrt, mask=inside_2 & t_mask)
-    if (tl.max(n) >= 1280) & (tl.min(n) < 1536):
-        inside_3 = (n >= 1280) & (n < 1536)
-        i_3 = n - 1280
+        i = n - 1024
+        tl.store(out1_ptr + t.to(tl.int64) * 256 + i, y0 * rsqrt, mask=inside_2 & t_mask)
+    if tl.max(n) >= 1280:
+        inside_3 = n >= 1280
+        i_2 = n - 1280
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot * 256 + i_3, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
+        tl.store(v_cache_ptr + slot * 256 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
-def pre_feedforward_layernorm_2(x_ptr, x_2_ptr, post_attention_layernorm_ptr, out0_ptr, out1_ptr, T, BLOCK_M:
-        tl.constexpr,
-                                PDL: tl.constexpr):
+def q_k_v_proj_2_epilogue(rsqrt_ptr, out0_ptr, out1_ptr, v_cache_ptr, slots_ptr, product_ptr, T, BLOCK_M: tl.constexpr,
+                          BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
+    # gemma3.fuse:38   q = rope[K](q_norm(q_proj(x)), pos, near if local else whole)
+    # gemma3.fuse:39   k = rope[K](k_norm(k_proj(x)), pos, near if local else whole)
+    # gemma3.fuse:40   v = v_proj(x)
+    # gemma3.fuse:41   o_proj(attend[K, mask=window[W] if local else causal, scale=scale](q, cache(k), cache(v), pos))
+    ROWS: tl.constexpr = 1536
+    LEAVES: tl.constexpr = 1
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    rsqrt = tl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(tl.float32)
+    if tl.min(n) < 1024:
+        inside = n < 1024
+        tl.store(out0_ptr + t.to(tl.int64) * 1024 + n, y0 * rsqrt, mask=inside & t_mask)
+    if (tl.max(n) >= 1024) & (tl.min(n) < 1280):
+        inside_2 = (n >= 1024) & (n < 1280)
+        i = n - 1024
+        tl.store(out1_ptr + t.to(tl.int64) * 256 + i, y0 * rsqrt, mask=inside_2 & t_mask)
+    if tl.max(n) >= 1280:
+        inside_3 = n >= 1280
+        i_2 = n - 1280
+        slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
+        tl.store(v_cache_ptr + slot * 256 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def pre_feedforward_layernorm_2(x_ptr, x_2_ptr, post_attention_layernorm_ptr, out0_ptr, out1_ptr, T,
+                                BLOCK_M: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:58   h = x + post_attention_layernorm(self_attn(input_layernorm(x), pos))
@@ -1035,11 +1201,9 @@ def pre_feedforward_layernorm_2(x_ptr, x_2_ptr, post_attention_layernorm_ptr, ou
     mean = tl.sum(tl.where(j_mask, x * x, 0.0), 1)[:, None] / 1152
     x_2 = tl.load(x_2_ptr + m * 1152 + j, mask=m_mask & j_mask, other=0).to(tl.float32)
     post_attention_layernorm = tl.load(post_attention_layernorm_ptr + j, mask=j_mask, other=0).to(tl.float32)
-    v = (x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_attention_layernorm)) * (x_2 + ((x * tl.rsqrt(mean + 1e-06)) *
-            post_attention_layernorm))
-    mean_2 = tl.sum(tl.where(j_mask, v, 0.0), 1)[:, None] / 1152
-    tl.store(out0_ptr + m * 1152 + j, x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_attention_layernorm), mask=j_mask &
-            m_mask)
+    v = x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_attention_layernorm)
+    mean_2 = tl.sum(tl.where(j_mask, v * v, 0.0), 1)[:, None] / 1152
+    tl.store(out0_ptr + m * 1152 + j, v, mask=j_mask & m_mask)
     tl.store(out1_ptr + m * 1, tl.rsqrt(mean_2 + 1e-06), mask=m_mask)
 
 
@@ -1060,14 +1224,13 @@ def rows(x_ptr, x_2_ptr, post_feedforward_layernorm_ptr, out_ptr, T, BLOCK_M: tl
     mean = tl.sum(tl.where(j_mask, x * x, 0.0), 1)[:, None] / 1152
     x_2 = tl.load(x_2_ptr + m * 1152 + j, mask=m_mask & j_mask, other=0).to(tl.float32)
     post_feedforward_layernorm = tl.load(post_feedforward_layernorm_ptr + j, mask=j_mask, other=0).to(tl.float32)
-    tl.store(out_ptr + m * 1152 + j, x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_feedforward_layernorm), mask=j_mask &
-            m_mask)
+    tl.store(out_ptr + m * 1152 + j, x_2 + ((x * tl.rsqrt(mean + 1e-06)) * post_feedforward_layernorm),
+            mask=j_mask & m_mask)
 
 
 @triton.jit
-def embed_tokens_2_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K:
-        tl.constexpr,
-                        STAGES: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_2_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BLOCK_N: tl.constexpr,
+                        BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:59   h + post_feedforward_layernorm(mlp(pre_feedforward_layernorm(h)))
@@ -1177,9 +1340,9 @@ def embed_tokens_2_skinny(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, 
 
 
 @triton.jit(do_not_specialize=["T"])
-def embed_tokens_2_matmul(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N:
-        tl.constexpr,
-                          BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_2_matmul(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, T, BLOCK_M: tl.constexpr,
+                          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+                          PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:59   h + post_feedforward_layernorm(mlp(pre_feedforward_layernorm(h)))

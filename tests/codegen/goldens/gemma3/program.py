@@ -19,7 +19,7 @@ def embed_tokens(T, ids, embed_tokens, out):
         BLOCK_M=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def q_k_v_proj(T, q_k_v_proj, x, constant, out0, out1, v_cache, slots, partial, arrivals):
+def q_k_v_proj(m, T, q_k_v_proj, x, constant, out0, out1, v_cache, slots, partial, arrivals):
     if T == 1:
         kernels.q_k_v_proj_gemv[(triton.cdiv(1536, 2),)](
             q_k_v_proj, x, constant, out0, out1, v_cache, slots,
@@ -36,10 +36,20 @@ def q_k_v_proj(T, q_k_v_proj, x, constant, out0, out1, v_cache, slots, partial, 
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(1536, 32), 4)](
             q_k_v_proj, x, constant, out0, out1, v_cache, slots, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.q_k_v_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(1536, 128),)](
             q_k_v_proj, x, constant, out0, out1, v_cache, slots, T,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 1536)
+        torch.mm(x[:T], q_k_v_proj.view(1536, 1152).t(), out=product)
+        stats = m.stats(T, 1)
+        kernels.q_k_v_proj_stats[(triton.cdiv(T, 4),)](
+            x, constant, stats, T,
+            BLOCK_M=4, BLOCK_K=1024, PDL=PDL, num_warps=4, launch_pdl=PDL)
+        kernels.q_k_v_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(1536, 256),)](
+            out0, out1, v_cache, slots, product, stats, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def positions(T, pos, table, out0, out1):
@@ -58,19 +68,18 @@ def attention(m, b, q, k_cache, v_cache, out):
     sequences = b.context_lens.shape[0]
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=1, R=4, K=256, J=256, page=m.block_size, itemsize=2, pdl=PDL)
-        kernels.attention_decode[launch.grid](q, k_cache, v_cache, b.block_tables, b.context_lens, out,
-                *m.scratch(launch), 1024,
+        kernels.attention_decode[launch.grid](
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 1024,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:
         launch = prefill_launch(sequences, b.max_query, G=1, R=4, K=256, J=256, page=m.block_size, itemsize=2, pdl=PDL)
-        kernels.attention_prefill[launch.grid](q, k_cache, v_cache, b.block_tables, b.query_starts, b.context_lens, out,
-                1024,
-            b.block_tables.stride(0),
+        kernels.attention_prefill[launch.grid](
+            q, k_cache, v_cache, b.block_tables, b.query_starts, b.context_lens, out, 1024, b.block_tables.stride(0),
             **launch.constants, **launch.options)
 
 
-def o_proj(T, o_proj, attended, out, partial, arrivals):
+def o_proj(m, T, o_proj, attended, out, partial, arrivals):
     if T == 1:
         kernels.o_proj_gemv[(triton.cdiv(1152, 2),)](
             o_proj, attended, out,
@@ -87,10 +96,16 @@ def o_proj(T, o_proj, attended, out, partial, arrivals):
         kernels.o_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(1152, 32), 4)](
             o_proj, attended, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.o_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(1152, 128),)](
             o_proj, attended, out, T,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 1152)
+        torch.mm(attended[:T], o_proj.view(1152, 1024).t(), out=product)
+        kernels.o_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(1152, 256),)](
+            out, product, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def pre_feedforward_layernorm(T, x_2, x, constant, post_attention_layernorm, out0, out1):
@@ -99,7 +114,7 @@ def pre_feedforward_layernorm(T, x_2, x, constant, post_attention_layernorm, out
         BLOCK_M=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def gate_up_proj(T, gate_up_proj, x, rsqrt, out, partial, arrivals):
+def gate_up_proj(m, T, gate_up_proj, x, rsqrt, out, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(6912, 2),)](
             gate_up_proj, x, rsqrt, out,
@@ -116,13 +131,19 @@ def gate_up_proj(T, gate_up_proj, x, rsqrt, out, partial, arrivals):
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(6912, 16), 1)](
             gate_up_proj, x, rsqrt, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.gate_up_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(6912, 64),)](
             gate_up_proj, x, rsqrt, out, T,
             BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 13824)
+        torch.mm(x[:T], gate_up_proj.view(13824, 1152).t(), out=product)
+        kernels.gate_up_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(6912, 256),)](
+            rsqrt, out, product, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def down_proj(T, down_proj, x, out, partial, arrivals):
+def down_proj(m, T, down_proj, x, out, partial, arrivals):
     if T == 1:
         kernels.down_proj_gemv[(triton.cdiv(1152, 2),)](
             down_proj, x, out,
@@ -139,10 +160,16 @@ def down_proj(T, down_proj, x, out, partial, arrivals):
         kernels.down_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(1152, 32), 4)](
             down_proj, x, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.down_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(1152, 128),)](
             down_proj, x, out, T,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 1152)
+        torch.mm(x[:T], down_proj.view(1152, 6912).t(), out=product)
+        kernels.down_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(1152, 256),)](
+            out, product, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def input_layernorm(T, x, x_2, post_feedforward_layernorm, out0, out1):
@@ -151,7 +178,7 @@ def input_layernorm(T, x, x_2, post_feedforward_layernorm, out0, out1):
         BLOCK_M=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def q_k_v_proj_2(T, q_k_v_proj, x, rsqrt, out0, out1, v_cache, slots, partial, arrivals):
+def q_k_v_proj_2(m, T, q_k_v_proj, x, rsqrt, out0, out1, v_cache, slots, partial, arrivals):
     if T == 1:
         kernels.q_k_v_proj_2_gemv[(triton.cdiv(1536, 2),)](
             q_k_v_proj, x, rsqrt, out0, out1, v_cache, slots,
@@ -168,10 +195,16 @@ def q_k_v_proj_2(T, q_k_v_proj, x, rsqrt, out0, out1, v_cache, slots, partial, a
         kernels.q_k_v_proj_2_skinny[(triton.cdiv(T, 64) * triton.cdiv(1536, 32), 4)](
             q_k_v_proj, x, rsqrt, out0, out1, v_cache, slots, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.q_k_v_proj_2_matmul[(triton.cdiv(T, 128) * triton.cdiv(1536, 128),)](
             q_k_v_proj, x, rsqrt, out0, out1, v_cache, slots, T,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 1536)
+        torch.mm(x[:T], q_k_v_proj.view(1536, 1152).t(), out=product)
+        kernels.q_k_v_proj_2_epilogue[(triton.cdiv(T, 8) * triton.cdiv(1536, 256),)](
+            rsqrt, out0, out1, v_cache, slots, product, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def pre_feedforward_layernorm_2(T, x, x_2, post_attention_layernorm, out0, out1):
@@ -215,29 +248,29 @@ def step(m, b):
     T, N = b.ids.shape[0], b.rows.shape[0]
     logits = torch.empty((N, 262144), dtype=torch.float32, device=b.ids.device)
     embed_tokens(T, b.ids, w["model.embed_tokens"], m.x)
-    q_k_v_proj(T, w["model.layers.0.q_k_v_proj"], m.x, w["constants.constant"], m.x_2, m.x_3,
+    q_k_v_proj(m, T, w["model.layers.0.q_k_v_proj"], m.x, w["constants.constant"], m.x_2, m.x_3,
             c["model.layers.0.self_attn.v"], b.slots, m.partial, m.arrivals)
     positions(T, b.positions, w["constants.table"], m.cos, m.sin)
     self_attn(T, m.x_2, w["model.layers.0.self_attn.q_norm"], m.cos, w["model.layers.0.self_attn.q_norm_2"], m.sin,
             m.x_4, m.x_3, w["model.layers.0.self_attn.k_norm"], w["model.layers.0.self_attn.k_norm_2"],
             c["model.layers.0.self_attn.k"], b.slots)
     attention(m, b, m.x_4, c["model.layers.0.self_attn.k"], c["model.layers.0.self_attn.v"], m.x_2)
-    o_proj(T, w["model.layers.0.self_attn.o_proj"], m.x_2, m.x_5, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.x_2, m.x_5, m.partial, m.arrivals)
     pre_feedforward_layernorm(T, m.x_5, m.x, w["constants.constant"], w["model.layers.0.post_attention_layernorm"],
             m.x_6, m.rsqrt)
-    gate_up_proj(T, w["model.layers.0.gate_up_proj"], m.x_6, m.rsqrt, m.x_7, m.partial, m.arrivals)
-    down_proj(T, w["model.layers.0.mlp.down_proj"], m.x_7, m.x, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.0.gate_up_proj"], m.x_6, m.rsqrt, m.x_7, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_7, m.x, m.partial, m.arrivals)
     input_layernorm(T, m.x, m.x_6, w["model.layers.0.post_feedforward_layernorm"], m.x_5, m.rsqrt)
-    q_k_v_proj_2(T, w["model.layers.1.q_k_v_proj"], m.x_5, m.rsqrt, m.x_8, m.x_9, c["model.layers.1.self_attn.v"],
+    q_k_v_proj_2(m, T, w["model.layers.1.q_k_v_proj"], m.x_5, m.rsqrt, m.x_8, m.x_9, c["model.layers.1.self_attn.v"],
             b.slots, m.partial, m.arrivals)
     self_attn(T, m.x_8, w["model.layers.1.self_attn.q_norm"], m.cos, w["model.layers.1.self_attn.q_norm_2"], m.sin,
             m.x_10, m.x_9, w["model.layers.1.self_attn.k_norm"], w["model.layers.1.self_attn.k_norm_2"],
             c["model.layers.1.self_attn.k"], b.slots)
     attention(m, b, m.x_10, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.x_8)
-    o_proj(T, w["model.layers.1.self_attn.o_proj"], m.x_8, m.x_11, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.x_8, m.x_11, m.partial, m.arrivals)
     pre_feedforward_layernorm_2(T, m.x_11, m.x_5, w["model.layers.1.post_attention_layernorm"], m.x_12, m.rsqrt_2)
-    gate_up_proj(T, w["model.layers.1.gate_up_proj"], m.x_12, m.rsqrt_2, m.x_13, m.partial, m.arrivals)
-    down_proj(T, w["model.layers.1.mlp.down_proj"], m.x_13, m.x, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_12, m.rsqrt_2, m.x_13, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_13, m.x, m.partial, m.arrivals)
     rows(T, m.x, m.x_12, w["model.layers.1.post_feedforward_layernorm"], m.x_6)
     embed_tokens_2(N, w["model.embed_tokens"], b.rows, m.x_6, w["model.norm"], logits, m.partial, m.arrivals)
     return logits

@@ -66,15 +66,15 @@ def c_attn_gemv(c_attn_ptr, x_ptr, ln_1_ptr, ln_1_bias_ptr, c_attn_bias_ptr, out
     ln_1 = tl.load(ln_1_ptr + k, mask=k_mask, other=0).to(tl.float32)
     ln_1_bias = tl.load(ln_1_bias_ptr + k, mask=k_mask, other=0).to(tl.float32)
     x_4 = ((v_2 * tl.rsqrt(mean_2 + 1e-05)) * ln_1) + ln_1_bias
-    inside = (n >= 0) & (n < 768)
+    inside = n < 768
     c_attn_bias = tl.load(c_attn_bias_ptr + n, mask=inside, other=0).to(tl.float32)
     inside_2 = (n >= 768) & (n < 1536)
-    i_2 = n - 768
-    c_attn_bias_2 = tl.load(c_attn_bias_2_ptr + i_2, mask=inside_2, other=0).to(tl.float32)
+    i = n - 768
+    c_attn_bias_2 = tl.load(c_attn_bias_2_ptr + i, mask=inside_2, other=0).to(tl.float32)
     slot = tl.load(slots_ptr)
-    inside_3 = (n >= 1536) & (n < 2304)
-    i_3 = n - 1536
-    c_attn_bias_3 = tl.load(c_attn_bias_3_ptr + i_3, mask=inside_3, other=0).to(tl.float32)
+    inside_3 = n >= 1536
+    i_2 = n - 1536
+    c_attn_bias_3 = tl.load(c_attn_bias_3_ptr + i_2, mask=inside_3, other=0).to(tl.float32)
     acc0 = w0.to(tl.float32) * x_4[None, :]
     for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
@@ -88,8 +88,8 @@ def c_attn_gemv(c_attn_ptr, x_ptr, ln_1_ptr, ln_1_bias_ptr, c_attn_bias_ptr, out
         acc0 += w0.to(tl.float32) * x_4[None, :]
     y0 = tl.sum(acc0, 1)
     tl.store(out_ptr + n, y0 + c_attn_bias, mask=inside)
-    tl.store(k_cache_ptr + slot * 768 + i_2, y0 + c_attn_bias_2, mask=inside_2 & (slot >= 0))
-    tl.store(v_cache_ptr + slot * 768 + i_3, y0 + c_attn_bias_3, mask=inside_3 & (slot >= 0))
+    tl.store(k_cache_ptr + slot * 768 + i, y0 + c_attn_bias_2, mask=inside_2 & (slot >= 0))
+    tl.store(v_cache_ptr + slot * 768 + i_2, y0 + c_attn_bias_3, mask=inside_3 & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -160,22 +160,22 @@ def c_attn_skinny(c_attn_ptr, x_ptr, ln_1_ptr, ln_1_bias_ptr, c_attn_bias_ptr, o
         for part in tl.static_range(SPLITS):
             y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
-    if (tl.max(n) >= 0) & (tl.min(n) < 768):
-        inside = (n >= 0) & (n < 768)
+    if tl.min(n) < 768:
+        inside = n < 768
         c_attn_bias = tl.load(c_attn_bias_ptr + n, mask=inside, other=0).to(tl.float32)
         tl.store(out_ptr + t.to(tl.int64) * 768 + n, y0 + c_attn_bias, mask=inside & t_mask)
     if (tl.max(n) >= 768) & (tl.min(n) < 1536):
         inside_2 = (n >= 768) & (n < 1536)
-        i_2 = n - 768
-        c_attn_bias_2 = tl.load(c_attn_bias_2_ptr + i_2, mask=inside_2, other=0).to(tl.float32)
+        i = n - 768
+        c_attn_bias_2 = tl.load(c_attn_bias_2_ptr + i, mask=inside_2, other=0).to(tl.float32)
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(k_cache_ptr + slot * 768 + i_2, y0 + c_attn_bias_2, mask=inside_2 & t_mask & (slot >= 0))
-    if (tl.max(n) >= 1536) & (tl.min(n) < 2304):
-        inside_3 = (n >= 1536) & (n < 2304)
-        i_3 = n - 1536
-        c_attn_bias_3 = tl.load(c_attn_bias_3_ptr + i_3, mask=inside_3, other=0).to(tl.float32)
+        tl.store(k_cache_ptr + slot * 768 + i, y0 + c_attn_bias_2, mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 1536:
+        inside_3 = n >= 1536
+        i_2 = n - 1536
+        c_attn_bias_3 = tl.load(c_attn_bias_3_ptr + i_2, mask=inside_3, other=0).to(tl.float32)
         slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_2 * 768 + i_3, y0 + c_attn_bias_3, mask=inside_3 & t_mask & (slot_2 >= 0))
+        tl.store(v_cache_ptr + slot_2 * 768 + i_2, y0 + c_attn_bias_3, mask=inside_3 & t_mask & (slot_2 >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -223,22 +223,22 @@ def c_attn_matmul(c_attn_ptr, x_ptr, ln_1_ptr, ln_1_bias_ptr, c_attn_bias_ptr, o
         x_4 = ((v_2 * tl.rsqrt(mean_2 + 1e-05)) * ln_1) + ln_1_bias
         w0 = tl.load(w_row + k.trans())
         y0 = tl.dot(x_4.to(tl.bfloat16), w0, y0)
-    if (tl.max(n) >= 0) & (tl.min(n) < 768):
-        inside = (n >= 0) & (n < 768)
+    if tl.min(n) < 768:
+        inside = n < 768
         c_attn_bias = tl.load(c_attn_bias_ptr + n, mask=inside, other=0).to(tl.float32)
         tl.store(out_ptr + t.to(tl.int64) * 768 + n, y0 + c_attn_bias, mask=inside & t_mask)
     if (tl.max(n) >= 768) & (tl.min(n) < 1536):
         inside_2 = (n >= 768) & (n < 1536)
-        i_2 = n - 768
-        c_attn_bias_2 = tl.load(c_attn_bias_2_ptr + i_2, mask=inside_2, other=0).to(tl.float32)
+        i = n - 768
+        c_attn_bias_2 = tl.load(c_attn_bias_2_ptr + i, mask=inside_2, other=0).to(tl.float32)
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(k_cache_ptr + slot * 768 + i_2, y0 + c_attn_bias_2, mask=inside_2 & t_mask & (slot >= 0))
-    if (tl.max(n) >= 1536) & (tl.min(n) < 2304):
-        inside_3 = (n >= 1536) & (n < 2304)
-        i_3 = n - 1536
-        c_attn_bias_3 = tl.load(c_attn_bias_3_ptr + i_3, mask=inside_3, other=0).to(tl.float32)
+        tl.store(k_cache_ptr + slot * 768 + i, y0 + c_attn_bias_2, mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 1536:
+        inside_3 = n >= 1536
+        i_2 = n - 1536
+        c_attn_bias_3 = tl.load(c_attn_bias_3_ptr + i_2, mask=inside_3, other=0).to(tl.float32)
         slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_2 * 768 + i_3, y0 + c_attn_bias_3, mask=inside_3 & t_mask & (slot_2 >= 0))
+        tl.store(v_cache_ptr + slot_2 * 768 + i_2, y0 + c_attn_bias_3, mask=inside_3 & t_mask & (slot_2 >= 0))
 
 
 @triton.jit
@@ -334,9 +334,9 @@ def attention_decode(
         heads = (row * SPLITS + i)[None, :] * R + h[:, None]
         there = (i < used)[None, :] & (h < R)[:, None]
         logs = tl.load(lse + heads, mask=there, other=NEVER, cache_modifier=".cg")
-        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :], mask=there[:, :, None] & (dj < J)[None,
-                None, :],
-                          other=0.0, cache_modifier=".cg")
+        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :],
+        mask=there[:, :, None] & (dj < J)[None, None, :],
+                       other=0.0, cache_modifier=".cg")
         higher = tl.maximum(top, tl.max(logs, 1))
         weight = tl.exp2(logs - higher[:, None])
         fade = tl.exp2(top - higher)
@@ -540,6 +540,29 @@ def c_proj_matmul(c_proj_ptr, attended_ptr, x_ptr, c_proj_bias_ptr, out_ptr, T, 
         a = tl.load(attended_ptr + t * 768 + k, mask=t_mask, other=0)
         w0 = tl.load(w_row + k.trans())
         y0 = tl.dot(a, w0, y0)
+    x = tl.load(x_ptr + t * 768 + n, mask=t_mask, other=0).to(tl.float32)
+    c_proj_bias = tl.load(c_proj_bias_ptr + n).to(tl.float32)
+    tl.store(out_ptr + t.to(tl.int64) * 768 + n, x + (y0 + c_proj_bias), mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def c_proj_epilogue(x_ptr, c_proj_bias_ptr, out_ptr, product_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                    PDL: tl.constexpr):
+    # gpt2.fuse:22   c_proj(attend[K](q, cache(k), cache(v), pos))
+    # gpt2.fuse:36   h = x + attn(ln_1(x), pos)
+    ROWS: tl.constexpr = 768
+    LEAVES: tl.constexpr = 1
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
     x = tl.load(x_ptr + t * 768 + n, mask=t_mask, other=0).to(tl.float32)
     c_proj_bias = tl.load(c_proj_bias_ptr + n).to(tl.float32)
     tl.store(out_ptr + t.to(tl.int64) * 768 + n, x + (y0 + c_proj_bias), mask=t_mask)
@@ -801,9 +824,9 @@ def c_proj_2_skinny(c_proj_ptr, x_ptr, x_2_ptr, c_proj_bias_ptr, out_ptr, partia
 
 
 @triton.jit(do_not_specialize=["T"])
-def c_proj_2_matmul(c_proj_ptr, x_ptr, x_2_ptr, c_proj_bias_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N:
-        tl.constexpr,
-                    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+def c_proj_2_matmul(c_proj_ptr, x_ptr, x_2_ptr, c_proj_bias_ptr, out_ptr, T, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+                    PDL: tl.constexpr):
     # gpt2.fuse:28   c_proj(gelu_tanh(c_fc(x)))
     # gpt2.fuse:37   h + mlp(ln_2(h))
     ROWS: tl.constexpr = 768
@@ -832,9 +855,32 @@ def c_proj_2_matmul(c_proj_ptr, x_ptr, x_2_ptr, c_proj_bias_ptr, out_ptr, T, BLO
     tl.store(out_ptr + t.to(tl.int64) * 768 + n, x_2 + (y0 + c_proj_bias), mask=t_mask)
 
 
+@triton.jit(do_not_specialize=["T"])
+def c_proj_2_epilogue(x_2_ptr, c_proj_bias_ptr, out_ptr, product_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      PDL: tl.constexpr):
+    # gpt2.fuse:28   c_proj(gelu_tanh(c_fc(x)))
+    # gpt2.fuse:37   h + mlp(ln_2(h))
+    ROWS: tl.constexpr = 768
+    LEAVES: tl.constexpr = 1
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    x_2 = tl.load(x_2_ptr + t * 768 + n, mask=t_mask, other=0).to(tl.float32)
+    c_proj_bias = tl.load(c_proj_bias_ptr + n).to(tl.float32)
+    tl.store(out_ptr + t.to(tl.int64) * 768 + n, x_2 + (y0 + c_proj_bias), mask=t_mask)
+
+
 @triton.jit
-def wte_gemv(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, out_ptr, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+def wte_gemv(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+             STAGES: tl.constexpr, PDL: tl.constexpr):
     # gpt2.fuse:37   h + mlp(ln_2(h))
     # gpt2.fuse:47   lm_head(ln_f(h(x, pos)))
     ROWS: tl.constexpr = 50257

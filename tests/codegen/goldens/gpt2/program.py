@@ -28,17 +28,17 @@ def c_attn(T, c_attn, x, ln_1, ln_1_bias, c_attn_bias, out, c_attn_bias_2, k_cac
     elif T <= 16:
         kernels.c_attn_skinny[(triton.cdiv(T, 16) * triton.cdiv(2304, 32), 1)](
             c_attn, x, ln_1, ln_1_bias, c_attn_bias, out, c_attn_bias_2, k_cache, slots, c_attn_bias_3, v_cache,
-                    partial, arrivals, T,
+            partial, arrivals, T,
             BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 32:
         kernels.c_attn_skinny[(triton.cdiv(T, 32) * triton.cdiv(2304, 32), 1)](
             c_attn, x, ln_1, ln_1_bias, c_attn_bias, out, c_attn_bias_2, k_cache, slots, c_attn_bias_3, v_cache,
-                    partial, arrivals, T,
+            partial, arrivals, T,
             BLOCK_M=32, BLOCK_N=32, BLOCK_K=128, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 64:
         kernels.c_attn_skinny[(triton.cdiv(T, 64) * triton.cdiv(2304, 32), 2)](
             c_attn, x, ln_1, ln_1_bias, c_attn_bias, out, c_attn_bias_2, k_cache, slots, c_attn_bias_3, v_cache,
-                    partial, arrivals, T,
+            partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
     else:
         kernels.c_attn_matmul[(triton.cdiv(T, 128) * triton.cdiv(2304, 128),)](
@@ -50,19 +50,17 @@ def attention(m, b, q, k_cache, v_cache, out):
     sequences = b.context_lens.shape[0]
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=12, R=1, K=64, J=64, page=m.block_size, itemsize=2, pdl=PDL)
-        kernels.attention_decode[launch.grid](q, k_cache, v_cache, b.block_tables, b.context_lens, out,
-                *m.scratch(launch), 768,
-            b.block_tables.stride(0),
+        kernels.attention_decode[launch.grid](
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 768, b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:
         launch = prefill_launch(sequences, b.max_query, G=12, R=1, K=64, J=64, page=m.block_size, itemsize=2, pdl=PDL)
-        kernels.attention_prefill[launch.grid](q, k_cache, v_cache, b.block_tables, b.query_starts, b.context_lens, out,
-                768,
-            b.block_tables.stride(0),
+        kernels.attention_prefill[launch.grid](
+            q, k_cache, v_cache, b.block_tables, b.query_starts, b.context_lens, out, 768, b.block_tables.stride(0),
             **launch.constants, **launch.options)
 
 
-def c_proj(T, c_proj, attended, x, c_proj_bias, out, partial, arrivals):
+def c_proj(m, T, c_proj, attended, x, c_proj_bias, out, partial, arrivals):
     if T == 1:
         kernels.c_proj_gemv[(triton.cdiv(768, 1),)](
             c_proj, attended, x, c_proj_bias, out,
@@ -79,10 +77,16 @@ def c_proj(T, c_proj, attended, x, c_proj_bias, out, partial, arrivals):
         kernels.c_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(768, 32), 2)](
             c_proj, attended, x, c_proj_bias, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.c_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(768, 128),)](
             c_proj, attended, x, c_proj_bias, out, T,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 768)
+        torch.mm(attended[:T], c_proj.view(768, 768).t(), out=product)
+        kernels.c_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(768, 256),)](
+            x, c_proj_bias, out, product, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def c_fc(T, c_fc, x, ln_2, ln_2_bias, c_fc_bias, out, partial, arrivals):
@@ -108,7 +112,7 @@ def c_fc(T, c_fc, x, ln_2, ln_2_bias, c_fc_bias, out, partial, arrivals):
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
 
 
-def c_proj_2(T, c_proj, x, x_2, c_proj_bias, out, partial, arrivals):
+def c_proj_2(m, T, c_proj, x, x_2, c_proj_bias, out, partial, arrivals):
     if T == 1:
         kernels.c_proj_2_gemv[(triton.cdiv(768, 1),)](
             c_proj, x, x_2, c_proj_bias, out,
@@ -125,10 +129,16 @@ def c_proj_2(T, c_proj, x, x_2, c_proj_bias, out, partial, arrivals):
         kernels.c_proj_2_skinny[(triton.cdiv(T, 64) * triton.cdiv(768, 32), 8)](
             c_proj, x, x_2, c_proj_bias, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=8, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.c_proj_2_matmul[(triton.cdiv(T, 128) * triton.cdiv(768, 128),)](
             c_proj, x, x_2, c_proj_bias, out, T,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 768)
+        torch.mm(x[:T], c_proj.view(768, 3072).t(), out=product)
+        kernels.c_proj_2_epilogue[(triton.cdiv(T, 8) * triton.cdiv(768, 256),)](
+            x_2, c_proj_bias, out, product, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def wte(N, wte, rows, x, ln_f, ln_f_bias, out, partial, arrivals):
@@ -165,22 +175,22 @@ def step(m, b):
             c["transformer.h.0.attn.k"], b.slots, w["transformer.h.0.attn.c_attn_bias_3"], c["transformer.h.0.attn.v"],
             m.partial, m.arrivals)
     attention(m, b, m.x_2, c["transformer.h.0.attn.k"], c["transformer.h.0.attn.v"], m.attended)
-    c_proj(T, w["transformer.h.0.attn.c_proj"], m.attended, m.x, w["transformer.h.0.attn.c_proj_bias"], m.x_2,
+    c_proj(m, T, w["transformer.h.0.attn.c_proj"], m.attended, m.x, w["transformer.h.0.attn.c_proj_bias"], m.x_2,
             m.partial, m.arrivals)
     c_fc(T, w["transformer.h.0.mlp.c_fc"], m.x_2, w["transformer.h.0.ln_2"], w["transformer.h.0.ln_2_bias"],
             w["transformer.h.0.mlp.c_fc_bias"], m.x_3, m.partial, m.arrivals)
-    c_proj_2(T, w["transformer.h.0.mlp.c_proj"], m.x_3, m.x_2, w["transformer.h.0.mlp.c_proj_bias"], m.x, m.partial,
+    c_proj_2(m, T, w["transformer.h.0.mlp.c_proj"], m.x_3, m.x_2, w["transformer.h.0.mlp.c_proj_bias"], m.x, m.partial,
             m.arrivals)
     c_attn(T, w["transformer.h.1.attn.c_attn"], m.x, w["transformer.h.1.ln_1"], w["transformer.h.1.ln_1_bias"],
             w["transformer.h.1.attn.c_attn_bias"], m.x_2, w["transformer.h.1.attn.c_attn_bias_2"],
             c["transformer.h.1.attn.k"], b.slots, w["transformer.h.1.attn.c_attn_bias_3"], c["transformer.h.1.attn.v"],
             m.partial, m.arrivals)
     attention(m, b, m.x_2, c["transformer.h.1.attn.k"], c["transformer.h.1.attn.v"], m.attended)
-    c_proj(T, w["transformer.h.1.attn.c_proj"], m.attended, m.x, w["transformer.h.1.attn.c_proj_bias"], m.x_2,
+    c_proj(m, T, w["transformer.h.1.attn.c_proj"], m.attended, m.x, w["transformer.h.1.attn.c_proj_bias"], m.x_2,
             m.partial, m.arrivals)
     c_fc(T, w["transformer.h.1.mlp.c_fc"], m.x_2, w["transformer.h.1.ln_2"], w["transformer.h.1.ln_2_bias"],
             w["transformer.h.1.mlp.c_fc_bias"], m.x_3, m.partial, m.arrivals)
-    c_proj_2(T, w["transformer.h.1.mlp.c_proj"], m.x_3, m.x_2, w["transformer.h.1.mlp.c_proj_bias"], m.x, m.partial,
+    c_proj_2(m, T, w["transformer.h.1.mlp.c_proj"], m.x_3, m.x_2, w["transformer.h.1.mlp.c_proj_bias"], m.x, m.partial,
             m.arrivals)
     wte(N, w["transformer.wte"], b.rows, m.x, w["transformer.ln_f"], w["transformer.ln_f_bias"], logits, m.partial,
             m.arrivals)

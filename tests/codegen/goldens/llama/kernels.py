@@ -60,22 +60,21 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_pt
     if PDL:
         gdc_wait()
     x = tl.load(x_ptr + k).to(tl.float32)
-    inside = (n >= 0) & (n < 2048)
+    inside = n < 2048
     i_k_2 = n % 64
     i_r = n // 64 % 4
     i_g = n // 256
     cos = tl.load(cos_ptr + i_k_2, mask=inside, other=0).to(tl.float32)
     sin = tl.load(sin_ptr + i_k_2, mask=inside, other=0).to(tl.float32)
     inside_2 = (n >= 2048) & (n < 2560)
-    i_2 = n - 2048
-    i_k_2_2 = i_2 % 64
-    i_g_2 = i_2 // 64
+    i = n - 2048
+    i_k_2_2 = i % 64
+    i_g_2 = i // 64
     cos_2 = tl.load(cos_ptr + i_k_2_2, mask=inside_2, other=0).to(tl.float32)
     sin_2 = tl.load(sin_ptr + i_k_2_2, mask=inside_2, other=0).to(tl.float32)
     slot = tl.load(slots_ptr)
-    inside_3 = (n >= 2560) & (n < 3072)
-    i_3 = n - 2560
-    i_4 = (n - 2560) + 512
+    inside_3 = n >= 2560
+    i_2 = n - 2560
     acc0 = w0.to(tl.float32) * x[None, :]
     acc1 = w1.to(tl.float32) * x[None, :]
     mean_k = x * x
@@ -96,18 +95,17 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_pt
     v_3 = y1 * rsqrt
     tl.store(out_ptr + i_g * 512 + i_r * 128 + i_k_2, (v_2 * cos) - (v_3 * sin), mask=inside)
     tl.store(out_ptr + i_g * 512 + i_r * 128 + i_k_2 + 64, (v_3 * cos) + (v_2 * sin), mask=inside)
-    tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2, (v_2 * cos_2) - (v_3 * sin_2), mask=inside_2 & (slot >=
-            0))
-    tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2 + 64, (v_3 * cos_2) + (v_2 * sin_2), mask=inside_2 &
-            (slot >= 0))
-    tl.store(v_cache_ptr + slot * 1024 + i_3, y0 * rsqrt, mask=inside_3 & (slot >= 0))
-    tl.store(v_cache_ptr + slot * 1024 + i_4, y1 * rsqrt, mask=inside_3 & (slot >= 0))
+    tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2, (v_2 * cos_2) - (v_3 * sin_2),
+            mask=inside_2 & (slot >= 0))
+    tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2 + 64, (v_3 * cos_2) + (v_2 * sin_2),
+            mask=inside_2 & (slot >= 0))
+    tl.store(v_cache_ptr + slot * 1024 + i_2, y0 * rsqrt, mask=inside_3 & (slot >= 0))
+    tl.store(v_cache_ptr + slot * 1024 + i, y1 * rsqrt, mask=inside_3 & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
 def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr, v_cache_ptr,
-        partial_ptr,
-                      arrivals_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                       SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # llama.fuse:27   q = rope[K](q_proj(x), pos, freqs)
     # llama.fuse:28   k = rope[K](k_proj(x), pos, freqs)
@@ -172,8 +170,8 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_
     mean = mean / 4096
     v = mean + 1e-05
     rsqrt = tl.rsqrt(v)
-    if (tl.max(n) >= 0) & (tl.min(n) < 2048):
-        inside = (n >= 0) & (n < 2048)
+    if tl.min(n) < 2048:
+        inside = n < 2048
         i_k_2 = n % 64
         i_r = n // 64 % 4
         i_g = n // 256
@@ -181,34 +179,31 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_
         cos = tl.load(cos_ptr + t * 64 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
         v_3 = y1 * rsqrt
         sin = tl.load(sin_ptr + t * 64 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
-        tl.store(out_ptr + t.to(tl.int64) * 4096 + i_g * 512 + i_r * 128 + i_k_2, (v_2 * cos) - (v_3 * sin), mask=inside
-                & t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 4096 + i_g * 512 + i_r * 128 + i_k_2, (v_2 * cos) - (v_3 * sin),
+                mask=inside & t_mask)
         tl.store(out_ptr + t.to(tl.int64) * 4096 + i_g * 512 + i_r * 128 + i_k_2 + 64, (v_3 * cos) + (v_2 * sin),
                 mask=inside & t_mask)
     if (tl.max(n) >= 2048) & (tl.min(n) < 2560):
         inside_2 = (n >= 2048) & (n < 2560)
-        i_2 = n - 2048
-        i_k_2_2 = i_2 % 64
-        i_g_2 = i_2 // 64
+        i = n - 2048
+        i_k_2_2 = i % 64
+        i_g_2 = i // 64
         v_4 = y0 * rsqrt
         cos_2 = tl.load(cos_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         v_5 = y1 * rsqrt
         sin_2 = tl.load(sin_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-    if (tl.max(n) >= 2560) & (tl.min(n) < 3072):
-        inside_3 = (n >= 2560) & (n < 3072)
-        i_3 = n - 2560
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 2560:
+        inside_3 = n >= 2560
+        i_2 = n - 2560
         slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
-    if (tl.max(n) >= 2560) & (tl.min(n) < 3072):
-        inside_4 = (n >= 2560) & (n < 3072)
-        i_4 = (n - 2560) + 512
-        slot_3 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_3 * 1024 + i_4, y1 * rsqrt, mask=inside_4 & t_mask & (slot_3 >= 0))
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 2048
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y1 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -250,8 +245,8 @@ def q_k_v_proj_matmul(q_k_v_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_
     mean = tl.sum(mean_k, 1)[:, None] / 4096
     v = mean + 1e-05
     rsqrt = tl.rsqrt(v)
-    if (tl.max(n) >= 0) & (tl.min(n) < 2048):
-        inside = (n >= 0) & (n < 2048)
+    if tl.min(n) < 2048:
+        inside = n < 2048
         i_k_2 = n % 64
         i_r = n // 64 % 4
         i_g = n // 256
@@ -259,34 +254,115 @@ def q_k_v_proj_matmul(q_k_v_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_
         cos = tl.load(cos_ptr + t * 64 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
         v_3 = y1 * rsqrt
         sin = tl.load(sin_ptr + t * 64 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
-        tl.store(out_ptr + t.to(tl.int64) * 4096 + i_g * 512 + i_r * 128 + i_k_2, (v_2 * cos) - (v_3 * sin), mask=inside
-                & t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 4096 + i_g * 512 + i_r * 128 + i_k_2, (v_2 * cos) - (v_3 * sin),
+                mask=inside & t_mask)
         tl.store(out_ptr + t.to(tl.int64) * 4096 + i_g * 512 + i_r * 128 + i_k_2 + 64, (v_3 * cos) + (v_2 * sin),
                 mask=inside & t_mask)
     if (tl.max(n) >= 2048) & (tl.min(n) < 2560):
         inside_2 = (n >= 2048) & (n < 2560)
-        i_2 = n - 2048
-        i_k_2_2 = i_2 % 64
-        i_g_2 = i_2 // 64
+        i = n - 2048
+        i_k_2_2 = i % 64
+        i_g_2 = i // 64
         v_4 = y0 * rsqrt
         cos_2 = tl.load(cos_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         v_5 = y1 * rsqrt
         sin_2 = tl.load(sin_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-    if (tl.max(n) >= 2560) & (tl.min(n) < 3072):
-        inside_3 = (n >= 2560) & (n < 3072)
-        i_3 = n - 2560
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 2560:
+        inside_3 = n >= 2560
+        i_2 = n - 2560
         slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
-    if (tl.max(n) >= 2560) & (tl.min(n) < 3072):
-        inside_4 = (n >= 2560) & (n < 3072)
-        i_4 = (n - 2560) + 512
-        slot_3 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_3 * 1024 + i_4, y1 * rsqrt, mask=inside_4 & t_mask & (slot_3 >= 0))
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 2048
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y1 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def q_k_v_proj_stats(x_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+    # llama.fuse:27   q = rope[K](q_proj(x), pos, freqs)
+    # llama.fuse:28   k = rope[K](k_proj(x), pos, freqs)
+    # llama.fuse:29   v = v_proj(x)
+    # llama.fuse:30   o_proj(attend[K](q, cache(k), cache(v), pos))
+    # llama.fuse:45   h = x + self_attn(input_layernorm(x), pos)
+    K: tl.constexpr = 4096
+    if PDL:
+        gdc_launch_dependents()
+    t = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    if PDL:
+        gdc_wait()
+    mean_k = tl.full([BLOCK_M, BLOCK_K], 0.0, tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        x = tl.load(x_ptr + t * 4096 + k, mask=t_mask, other=0).to(tl.float32)
+        mean_k = mean_k + (x * x)
+    mean = tl.sum(mean_k, 1)[:, None] / 4096
+    tl.store(stats_ptr + t, mean, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def q_k_v_proj_epilogue(cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr, v_cache_ptr, product_ptr, stats_ptr, T,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # llama.fuse:27   q = rope[K](q_proj(x), pos, freqs)
+    # llama.fuse:28   k = rope[K](k_proj(x), pos, freqs)
+    # llama.fuse:29   v = v_proj(x)
+    # llama.fuse:30   o_proj(attend[K](q, cache(k), cache(v), pos))
+    # llama.fuse:45   h = x + self_attn(input_layernorm(x), pos)
+    ROWS: tl.constexpr = 3072
+    LEAVES: tl.constexpr = 2
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    y1 = tl.load(cell + ROWS, mask=t_mask, other=0).to(tl.float32)
+    mean = tl.load(stats_ptr + t, mask=t_mask, other=0)
+    v = mean + 1e-05
+    rsqrt = tl.rsqrt(v)
+    if tl.min(n) < 2048:
+        inside = n < 2048
+        i_k_2 = n % 64
+        i_r = n // 64 % 4
+        i_g = n // 256
+        v_2 = y0 * rsqrt
+        cos = tl.load(cos_ptr + t * 64 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
+        v_3 = y1 * rsqrt
+        sin = tl.load(sin_ptr + t * 64 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
+        tl.store(out_ptr + t.to(tl.int64) * 4096 + i_g * 512 + i_r * 128 + i_k_2, (v_2 * cos) - (v_3 * sin),
+                mask=inside & t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 4096 + i_g * 512 + i_r * 128 + i_k_2 + 64, (v_3 * cos) + (v_2 * sin),
+                mask=inside & t_mask)
+    if (tl.max(n) >= 2048) & (tl.min(n) < 2560):
+        inside_2 = (n >= 2048) & (n < 2560)
+        i = n - 2048
+        i_k_2_2 = i % 64
+        i_g_2 = i // 64
+        v_4 = y0 * rsqrt
+        cos_2 = tl.load(cos_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
+        v_5 = y1 * rsqrt
+        sin_2 = tl.load(sin_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
+        slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 2560:
+        inside_3 = n >= 2560
+        i_2 = n - 2560
+        slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 2048
+        tl.store(v_cache_ptr + slot_2 * 1024 + i_3, y1 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
 
 
 @triton.jit
@@ -382,9 +458,9 @@ def attention_decode(
         heads = (row * SPLITS + i)[None, :] * R + h[:, None]
         there = (i < used)[None, :] & (h < R)[:, None]
         logs = tl.load(lse + heads, mask=there, other=NEVER, cache_modifier=".cg")
-        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :], mask=there[:, :, None] & (dj < J)[None,
-                None, :],
-                          other=0.0, cache_modifier=".cg")
+        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :],
+        mask=there[:, :, None] & (dj < J)[None, None, :],
+                       other=0.0, cache_modifier=".cg")
         higher = tl.maximum(top, tl.max(logs, 1))
         weight = tl.exp2(logs - higher[:, None])
         fade = tl.exp2(top - higher)
@@ -588,9 +664,8 @@ def o_proj_matmul(o_proj_ptr, attended_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.const
 
 
 @triton.jit
-def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES:
-        tl.constexpr,
-                      PDL: tl.constexpr):
+def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      STAGES: tl.constexpr, PDL: tl.constexpr):
     # llama.fuse:37   down_proj(silu(gate_proj(x)) * up_proj(x))
     # llama.fuse:46   h + mlp(post_attention_layernorm(h))
     ROWS: tl.constexpr = 14336
@@ -726,6 +801,52 @@ def gate_up_proj_matmul(gate_up_proj_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constex
         y1 = tl.dot(a, w1, y1)
         mean_k = mean_k + (x * x)
     mean = tl.sum(mean_k, 1)[:, None] / 4096
+    v = mean + 1e-05
+    rsqrt = tl.rsqrt(v)
+    v_2 = y0 * rsqrt
+    tl.store(out_ptr + t.to(tl.int64) * 14336 + n, (v_2 * (1 / (1 + tl.exp(-v_2)))) * (y1 * rsqrt), mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gate_up_proj_stats(x_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+    # llama.fuse:37   down_proj(silu(gate_proj(x)) * up_proj(x))
+    # llama.fuse:46   h + mlp(post_attention_layernorm(h))
+    K: tl.constexpr = 4096
+    if PDL:
+        gdc_launch_dependents()
+    t = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    if PDL:
+        gdc_wait()
+    mean_k = tl.full([BLOCK_M, BLOCK_K], 0.0, tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        x = tl.load(x_ptr + t * 4096 + k, mask=t_mask, other=0).to(tl.float32)
+        mean_k = mean_k + (x * x)
+    mean = tl.sum(mean_k, 1)[:, None] / 4096
+    tl.store(stats_ptr + t, mean, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gate_up_proj_epilogue(out_ptr, product_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                          PDL: tl.constexpr):
+    # llama.fuse:37   down_proj(silu(gate_proj(x)) * up_proj(x))
+    # llama.fuse:46   h + mlp(post_attention_layernorm(h))
+    ROWS: tl.constexpr = 14336
+    LEAVES: tl.constexpr = 2
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    y1 = tl.load(cell + ROWS, mask=t_mask, other=0).to(tl.float32)
+    mean = tl.load(stats_ptr + t, mask=t_mask, other=0)
     v = mean + 1e-05
     rsqrt = tl.rsqrt(v)
     v_2 = y0 * rsqrt

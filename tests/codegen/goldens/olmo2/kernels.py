@@ -41,11 +41,11 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, out0_ptr, out1_ptr, v_cache_ptr, slot
     if PDL:
         gdc_wait()
     x = tl.load(x_ptr + k).to(tl.float32)
-    inside = (n >= 0) & (n < 4096)
+    inside = n < 4096
     inside_2 = (n >= 4096) & (n < 8192)
-    i_2 = n - 4096
-    inside_3 = (n >= 8192) & (n < 12288)
-    i_3 = n - 8192
+    i = n - 4096
+    inside_3 = n >= 8192
+    i_2 = n - 8192
     slot = tl.load(slots_ptr)
     acc0 = w0.to(tl.float32) * x[None, :]
     for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
@@ -55,8 +55,8 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, out0_ptr, out1_ptr, v_cache_ptr, slot
         acc0 += w0.to(tl.float32) * x[None, :]
     y0 = tl.sum(acc0, 1)
     tl.store(out0_ptr + n, y0, mask=inside)
-    tl.store(out1_ptr + i_2, y0, mask=inside_2)
-    tl.store(v_cache_ptr + slot * 4096 + i_3, y0, mask=inside_3 & (slot >= 0))
+    tl.store(out1_ptr + i, y0, mask=inside_2)
+    tl.store(v_cache_ptr + slot * 4096 + i_2, y0, mask=inside_3 & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -105,18 +105,18 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, out0_ptr, out1_ptr, v_cache_ptr, sl
         for part in tl.static_range(SPLITS):
             y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
-    if (tl.max(n) >= 0) & (tl.min(n) < 4096):
-        inside = (n >= 0) & (n < 4096)
+    if tl.min(n) < 4096:
+        inside = n < 4096
         tl.store(out0_ptr + t.to(tl.int64) * 4096 + n, y0, mask=inside & t_mask)
     if (tl.max(n) >= 4096) & (tl.min(n) < 8192):
         inside_2 = (n >= 4096) & (n < 8192)
-        i_2 = n - 4096
-        tl.store(out1_ptr + t.to(tl.int64) * 4096 + i_2, y0, mask=inside_2 & t_mask)
-    if (tl.max(n) >= 8192) & (tl.min(n) < 12288):
-        inside_3 = (n >= 8192) & (n < 12288)
-        i_3 = n - 8192
+        i = n - 4096
+        tl.store(out1_ptr + t.to(tl.int64) * 4096 + i, y0, mask=inside_2 & t_mask)
+    if tl.max(n) >= 8192:
+        inside_3 = n >= 8192
+        i_2 = n - 8192
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot * 4096 + i_3, y0, mask=inside_3 & t_mask & (slot >= 0))
+        tl.store(v_cache_ptr + slot * 4096 + i_2, y0, mask=inside_3 & t_mask & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -148,18 +148,52 @@ def q_k_v_proj_matmul(q_k_v_proj_ptr, x_ptr, out0_ptr, out1_ptr, v_cache_ptr, sl
         a = tl.load(x_ptr + t * 4096 + k, mask=t_mask, other=0)
         w0 = tl.load(w_row + k.trans())
         y0 = tl.dot(a, w0, y0)
-    if (tl.max(n) >= 0) & (tl.min(n) < 4096):
-        inside = (n >= 0) & (n < 4096)
+    if tl.min(n) < 4096:
+        inside = n < 4096
         tl.store(out0_ptr + t.to(tl.int64) * 4096 + n, y0, mask=inside & t_mask)
     if (tl.max(n) >= 4096) & (tl.min(n) < 8192):
         inside_2 = (n >= 4096) & (n < 8192)
-        i_2 = n - 4096
-        tl.store(out1_ptr + t.to(tl.int64) * 4096 + i_2, y0, mask=inside_2 & t_mask)
-    if (tl.max(n) >= 8192) & (tl.min(n) < 12288):
-        inside_3 = (n >= 8192) & (n < 12288)
-        i_3 = n - 8192
+        i = n - 4096
+        tl.store(out1_ptr + t.to(tl.int64) * 4096 + i, y0, mask=inside_2 & t_mask)
+    if tl.max(n) >= 8192:
+        inside_3 = n >= 8192
+        i_2 = n - 8192
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot * 4096 + i_3, y0, mask=inside_3 & t_mask & (slot >= 0))
+        tl.store(v_cache_ptr + slot * 4096 + i_2, y0, mask=inside_3 & t_mask & (slot >= 0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def q_k_v_proj_epilogue(out0_ptr, out1_ptr, v_cache_ptr, slots_ptr, product_ptr, T, BLOCK_M: tl.constexpr,
+                        BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # olmo2.fuse:32   q = rope[K](q_norm(q_proj(x)), pos, freqs)
+    # olmo2.fuse:33   k = rope[K](k_norm(k_proj(x)), pos, freqs)
+    # olmo2.fuse:34   v = v_proj(x)
+    # olmo2.fuse:35   o_proj(attend[K](q, cache(k), cache(v), pos))
+    ROWS: tl.constexpr = 12288
+    LEAVES: tl.constexpr = 1
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    if tl.min(n) < 4096:
+        inside = n < 4096
+        tl.store(out0_ptr + t.to(tl.int64) * 4096 + n, y0, mask=inside & t_mask)
+    if (tl.max(n) >= 4096) & (tl.min(n) < 8192):
+        inside_2 = (n >= 4096) & (n < 8192)
+        i = n - 4096
+        tl.store(out1_ptr + t.to(tl.int64) * 4096 + i, y0, mask=inside_2 & t_mask)
+    if tl.max(n) >= 8192:
+        inside_3 = n >= 8192
+        i_2 = n - 8192
+        slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
+        tl.store(v_cache_ptr + slot * 4096 + i_2, y0, mask=inside_3 & t_mask & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -227,10 +261,10 @@ def self_attn(x_ptr, x_2_ptr, q_norm_ptr, cos_ptr, q_norm_2_ptr, sin_ptr, out_pt
     v_4 = (k_norm_2 * x_2_3) * rsqrt_2
     sin_2 = tl.load(sin_ptr + m * 64 + i_k_2_3, mask=m_mask, other=0).to(tl.float32)
     slot = tl.load(slots_ptr + m, mask=m_mask, other=-1)
-    tl.store(k_cache_ptr + slot * 4096 + i_g_4 * 128 + i_k_2_3, (v_3 * cos_2) - (v_4 * sin_2), mask=m_mask & (slot >=
-            0))
-    tl.store(k_cache_ptr + slot * 4096 + i_g_4 * 128 + i_k_2_3 + 64, (v_4 * cos_2) + (v_3 * sin_2), mask=m_mask & (slot
-            >= 0))
+    tl.store(k_cache_ptr + slot * 4096 + i_g_4 * 128 + i_k_2_3, (v_3 * cos_2) - (v_4 * sin_2),
+            mask=m_mask & (slot >= 0))
+    tl.store(k_cache_ptr + slot * 4096 + i_g_4 * 128 + i_k_2_3 + 64, (v_4 * cos_2) + (v_3 * sin_2),
+            mask=m_mask & (slot >= 0))
 
 
 @triton.jit
@@ -326,9 +360,9 @@ def attention_decode(
         heads = (row * SPLITS + i)[None, :] * R + h[:, None]
         there = (i < used)[None, :] & (h < R)[:, None]
         logs = tl.load(lse + heads, mask=there, other=NEVER, cache_modifier=".cg")
-        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :], mask=there[:, :, None] & (dj < J)[None,
-                None, :],
-                          other=0.0, cache_modifier=".cg")
+        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :],
+        mask=there[:, :, None] & (dj < J)[None, None, :],
+                       other=0.0, cache_modifier=".cg")
         higher = tl.maximum(top, tl.max(logs, 1))
         weight = tl.exp2(logs - higher[:, None])
         fade = tl.exp2(top - higher)
@@ -526,6 +560,25 @@ def o_proj_matmul(o_proj_ptr, attended_ptr, out_ptr, T, BLOCK_M: tl.constexpr, B
 
 
 @triton.jit(do_not_specialize=["T"])
+def o_proj_epilogue(out_ptr, product_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # olmo2.fuse:35   o_proj(attend[K](q, cache(k), cache(v), pos))
+    ROWS: tl.constexpr = 4096
+    LEAVES: tl.constexpr = 1
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    tl.store(out_ptr + t.to(tl.int64) * 4096 + n, y0, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
 def rows(x_ptr, x_2_ptr, post_attention_layernorm_ptr, out_ptr, T, BLOCK_M: tl.constexpr, PDL: tl.constexpr):
     # olmo2.fuse:21   h = f32(x)
     # olmo2.fuse:22   f32(weight) * h * rsqrt(mean[I](h^2) + eps) as x
@@ -545,9 +598,8 @@ def rows(x_ptr, x_2_ptr, post_attention_layernorm_ptr, out_ptr, T, BLOCK_M: tl.c
 
 
 @triton.jit
-def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES:
-        tl.constexpr,
-                      PDL: tl.constexpr):
+def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      STAGES: tl.constexpr, PDL: tl.constexpr):
     # olmo2.fuse:42   down_proj(silu(gate_proj(x)) * up_proj(x))
     ROWS: tl.constexpr = 11008
     K: tl.constexpr = 4096
@@ -659,6 +711,26 @@ def gate_up_proj_matmul(gate_up_proj_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constex
     tl.store(out_ptr + t.to(tl.int64) * 11008 + n, (y0 * (1 / (1 + tl.exp(-y0)))) * y1, mask=t_mask)
 
 
+@triton.jit(do_not_specialize=["T"])
+def gate_up_proj_epilogue(out_ptr, product_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # olmo2.fuse:42   down_proj(silu(gate_proj(x)) * up_proj(x))
+    ROWS: tl.constexpr = 11008
+    LEAVES: tl.constexpr = 2
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    y1 = tl.load(cell + ROWS, mask=t_mask, other=0).to(tl.float32)
+    tl.store(out_ptr + t.to(tl.int64) * 11008 + n, (y0 * (1 / (1 + tl.exp(-y0)))) * y1, mask=t_mask)
+
+
 @triton.jit
 def down_proj_gemv(down_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
                    PDL: tl.constexpr):
@@ -733,9 +805,8 @@ def down_proj_skinny(down_proj_ptr, x_ptr, out_ptr, partial_ptr, arrivals_ptr, T
 
 
 @triton.jit(do_not_specialize=["T"])
-def down_proj_matmul(down_proj_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K:
-        tl.constexpr,
-                     GROUP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+def down_proj_matmul(down_proj_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # olmo2.fuse:42   down_proj(silu(gate_proj(x)) * up_proj(x))
     ROWS: tl.constexpr = 4096
     K: tl.constexpr = 11008
@@ -758,6 +829,25 @@ def down_proj_matmul(down_proj_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BL
         a = tl.load(x_ptr + t * 11008 + k, mask=t_mask, other=0)
         w0 = tl.load(w_row + k.trans())
         y0 = tl.dot(a, w0, y0)
+    tl.store(out_ptr + t.to(tl.int64) * 4096 + n, y0, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def down_proj_epilogue(out_ptr, product_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # olmo2.fuse:42   down_proj(silu(gate_proj(x)) * up_proj(x))
+    ROWS: tl.constexpr = 4096
+    LEAVES: tl.constexpr = 1
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
     tl.store(out_ptr + t.to(tl.int64) * 4096 + n, y0, mask=t_mask)
 
 

@@ -19,7 +19,7 @@ def embed_tokens(T, ids, embed_tokens, out):
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
 
 
-def q_k_v_proj(T, q_k_v_proj, x, out0, out1, v_cache, slots, partial, arrivals):
+def q_k_v_proj(m, T, q_k_v_proj, x, out0, out1, v_cache, slots, partial, arrivals):
     if T == 1:
         kernels.q_k_v_proj_gemv[(triton.cdiv(12288, 4),)](
             q_k_v_proj, x, out0, out1, v_cache, slots,
@@ -36,10 +36,16 @@ def q_k_v_proj(T, q_k_v_proj, x, out0, out1, v_cache, slots, partial, arrivals):
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(12288, 32), 1)](
             q_k_v_proj, x, out0, out1, v_cache, slots, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.q_k_v_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(12288, 128),)](
             q_k_v_proj, x, out0, out1, v_cache, slots, T,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 12288)
+        torch.mm(x[:T], q_k_v_proj.view(12288, 4096).t(), out=product)
+        kernels.q_k_v_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(12288, 256),)](
+            out0, out1, v_cache, slots, product, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def positions(T, pos, table, out0, out1):
@@ -59,23 +65,22 @@ def attention(m, b, q, k_cache, v_cache, out):
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=32, R=1, K=128, J=128, page=m.block_size, itemsize=2,
                 pdl=PDL)
-        kernels.attention_decode[launch.grid](q, k_cache, v_cache, b.block_tables, b.context_lens, out,
-                *m.scratch(launch), 4096,
+        kernels.attention_decode[launch.grid](
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 4096,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:
         launch = prefill_launch(sequences, b.max_query, G=32, R=1, K=128, J=128, page=m.block_size, itemsize=2, pdl=PDL)
-        kernels.attention_prefill[launch.grid](q, k_cache, v_cache, b.block_tables, b.query_starts, b.context_lens, out,
-                4096,
-            b.block_tables.stride(0),
+        kernels.attention_prefill[launch.grid](
+            q, k_cache, v_cache, b.block_tables, b.query_starts, b.context_lens, out, 4096, b.block_tables.stride(0),
             **launch.constants, **launch.options)
 
 
-def o_proj(T, o_proj, attended, out, partial, arrivals):
+def o_proj(m, T, o_proj, attended, out, partial, arrivals):
     if T == 1:
-        kernels.o_proj_gemv[(triton.cdiv(4096, 4),)](
+        kernels.o_proj_gemv[(triton.cdiv(4096, 8),)](
             o_proj, attended, out,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=3, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=8, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, out, partial, arrivals, T,
@@ -92,10 +97,16 @@ def o_proj(T, o_proj, attended, out, partial, arrivals):
         kernels.o_proj_skinny[(triton.cdiv(T, 128) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, out, partial, arrivals, T,
             BLOCK_M=128, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2, PDL=PDL, num_warps=8, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.o_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(4096, 256),)](
             o_proj, attended, out, T,
             BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 4096)
+        torch.mm(attended[:T], o_proj.view(4096, 4096).t(), out=product)
+        kernels.o_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(4096, 256),)](
+            out, product, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def rows(T, x, x_2, post_attention_layernorm, out):
@@ -104,7 +115,7 @@ def rows(T, x, x_2, post_attention_layernorm, out):
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
 
 
-def gate_up_proj(T, gate_up_proj, x, out, partial, arrivals):
+def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(11008, 2),)](
             gate_up_proj, x, out,
@@ -121,13 +132,19 @@ def gate_up_proj(T, gate_up_proj, x, out, partial, arrivals):
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(11008, 16), 1)](
             gate_up_proj, x, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.gate_up_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(11008, 64),)](
             gate_up_proj, x, out, T,
             BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 22016)
+        torch.mm(x[:T], gate_up_proj.view(22016, 4096).t(), out=product)
+        kernels.gate_up_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(11008, 256),)](
+            out, product, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def down_proj(T, down_proj, x, out, partial, arrivals):
+def down_proj(m, T, down_proj, x, out, partial, arrivals):
     if T == 1:
         kernels.down_proj_gemv[(triton.cdiv(4096, 4),)](
             down_proj, x, out,
@@ -144,10 +161,16 @@ def down_proj(T, down_proj, x, out, partial, arrivals):
         kernels.down_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(4096, 32), 2)](
             down_proj, x, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.down_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(4096, 128),)](
             down_proj, x, out, T,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 4096)
+        torch.mm(x[:T], down_proj.view(4096, 11008).t(), out=product)
+        kernels.down_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(4096, 256),)](
+            out, product, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def rows_2(T, x, x_2, post_feedforward_layernorm, out):
@@ -185,28 +208,28 @@ def step(m, b):
     T, N = b.ids.shape[0], b.rows.shape[0]
     logits = torch.empty((N, 100352), dtype=torch.float32, device=b.ids.device)
     embed_tokens(T, b.ids, w["model.embed_tokens"], m.x)
-    q_k_v_proj(T, w["model.layers.0.self_attn.q_k_v_proj"], m.x, m.x_2, m.x_3, c["model.layers.0.self_attn.v"], b.slots,
-            m.partial, m.arrivals)
+    q_k_v_proj(m, T, w["model.layers.0.self_attn.q_k_v_proj"], m.x, m.x_2, m.x_3, c["model.layers.0.self_attn.v"],
+            b.slots, m.partial, m.arrivals)
     positions(T, b.positions, w["constants.table"], m.cos, m.sin)
     self_attn(T, m.x_2, m.x_3, w["model.layers.0.self_attn.q_norm"], m.cos, w["model.layers.0.self_attn.q_norm_2"],
             m.sin, m.x_4, w["model.layers.0.self_attn.k_norm"], w["model.layers.0.self_attn.k_norm_2"],
             c["model.layers.0.self_attn.k"], b.slots)
     attention(m, b, m.x_4, c["model.layers.0.self_attn.k"], c["model.layers.0.self_attn.v"], m.x_2)
-    o_proj(T, w["model.layers.0.self_attn.o_proj"], m.x_2, m.x_3, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.x_2, m.x_3, m.partial, m.arrivals)
     rows(T, m.x_3, m.x, w["model.layers.0.post_attention_layernorm"], m.x_2)
-    gate_up_proj(T, w["model.layers.0.mlp.gate_up_proj"], m.x_2, m.x_5, m.partial, m.arrivals)
-    down_proj(T, w["model.layers.0.mlp.down_proj"], m.x_5, m.x, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.0.mlp.gate_up_proj"], m.x_2, m.x_5, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_5, m.x, m.partial, m.arrivals)
     rows_2(T, m.x, m.x_2, w["model.layers.0.post_feedforward_layernorm"], m.x_3)
-    q_k_v_proj(T, w["model.layers.1.self_attn.q_k_v_proj"], m.x_3, m.x, m.x_2, c["model.layers.1.self_attn.v"], b.slots,
-            m.partial, m.arrivals)
-    self_attn(T, m.x, m.x_2, w["model.layers.1.self_attn.q_norm"], m.cos, w["model.layers.1.self_attn.q_norm_2"], m.sin,
-            m.x_4, w["model.layers.1.self_attn.k_norm"], w["model.layers.1.self_attn.k_norm_2"],
+    q_k_v_proj(m, T, w["model.layers.1.self_attn.q_k_v_proj"], m.x_3, m.x, m.x_2, c["model.layers.1.self_attn.v"],
+            b.slots, m.partial, m.arrivals)
+    self_attn(T, m.x, m.x_2, w["model.layers.1.self_attn.q_norm"], m.cos, w["model.layers.1.self_attn.q_norm_2"],
+            m.sin, m.x_4, w["model.layers.1.self_attn.k_norm"], w["model.layers.1.self_attn.k_norm_2"],
             c["model.layers.1.self_attn.k"], b.slots)
     attention(m, b, m.x_4, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.x)
-    o_proj(T, w["model.layers.1.self_attn.o_proj"], m.x, m.x_2, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.x, m.x_2, m.partial, m.arrivals)
     rows(T, m.x_2, m.x_3, w["model.layers.1.post_attention_layernorm"], m.x)
-    gate_up_proj(T, w["model.layers.1.mlp.gate_up_proj"], m.x, m.x_6, m.partial, m.arrivals)
-    down_proj(T, w["model.layers.1.mlp.down_proj"], m.x_6, m.x_7, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.1.mlp.gate_up_proj"], m.x, m.x_6, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_6, m.x_7, m.partial, m.arrivals)
     rows_2(T, m.x_7, m.x, w["model.layers.1.post_feedforward_layernorm"], m.x_2)
     lm_head(N, w["lm_head"], b.rows, m.x_2, logits, m.partial, m.arrivals)
     return logits

@@ -61,22 +61,21 @@ def qkv_proj_gemv(qkv_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, s
     if PDL:
         gdc_wait()
     x = tl.load(x_ptr + k).to(tl.float32)
-    inside = (n >= 0) & (n < 1536)
+    inside = n < 1536
     i_k_2 = n % 48
     i_r = n // 48 % 1
     i_g = n // 48
     cos = tl.load(cos_ptr + i_k_2, mask=inside, other=0).to(tl.float32)
     sin = tl.load(sin_ptr + i_k_2, mask=inside, other=0).to(tl.float32)
     inside_2 = (n >= 1536) & (n < 3072)
-    i_2 = n - 1536
-    i_k_2_2 = i_2 % 48
-    i_g_2 = i_2 // 48
+    i = n - 1536
+    i_k_2_2 = i % 48
+    i_g_2 = i // 48
     cos_2 = tl.load(cos_ptr + i_k_2_2, mask=inside_2, other=0).to(tl.float32)
     sin_2 = tl.load(sin_ptr + i_k_2_2, mask=inside_2, other=0).to(tl.float32)
     slot = tl.load(slots_ptr)
-    inside_3 = (n >= 3072) & (n < 4608)
-    i_3 = n - 3072
-    i_4 = (n - 3072) + 1536
+    inside_3 = n >= 3072
+    i_2 = n - 3072
     acc0 = w0.to(tl.float32) * x[None, :]
     acc1 = w1.to(tl.float32) * x[None, :]
     mean_k = x * x
@@ -97,12 +96,12 @@ def qkv_proj_gemv(qkv_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, s
     v_3 = y1 * rsqrt
     tl.store(out_ptr + i_g * 96 + i_r * 96 + i_k_2, (v_2 * cos) - (v_3 * sin), mask=inside)
     tl.store(out_ptr + i_g * 96 + i_r * 96 + i_k_2 + 48, (v_3 * cos) + (v_2 * sin), mask=inside)
-    tl.store(k_cache_ptr + slot * 3072 + i_g_2 * 96 + i_k_2_2, (v_2 * cos_2) - (v_3 * sin_2), mask=inside_2 & (slot >=
-            0))
-    tl.store(k_cache_ptr + slot * 3072 + i_g_2 * 96 + i_k_2_2 + 48, (v_3 * cos_2) + (v_2 * sin_2), mask=inside_2 & (slot
-            >= 0))
-    tl.store(v_cache_ptr + slot * 3072 + i_3, y0 * rsqrt, mask=inside_3 & (slot >= 0))
-    tl.store(v_cache_ptr + slot * 3072 + i_4, y1 * rsqrt, mask=inside_3 & (slot >= 0))
+    tl.store(k_cache_ptr + slot * 3072 + i_g_2 * 96 + i_k_2_2, (v_2 * cos_2) - (v_3 * sin_2),
+            mask=inside_2 & (slot >= 0))
+    tl.store(k_cache_ptr + slot * 3072 + i_g_2 * 96 + i_k_2_2 + 48, (v_3 * cos_2) + (v_2 * sin_2),
+            mask=inside_2 & (slot >= 0))
+    tl.store(v_cache_ptr + slot * 3072 + i_2, y0 * rsqrt, mask=inside_3 & (slot >= 0))
+    tl.store(v_cache_ptr + slot * 3072 + i, y1 * rsqrt, mask=inside_3 & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -171,8 +170,8 @@ def qkv_proj_skinny(qkv_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr,
     mean = mean / 3072
     v = mean + 1e-05
     rsqrt = tl.rsqrt(v)
-    if (tl.max(n) >= 0) & (tl.min(n) < 1536):
-        inside = (n >= 0) & (n < 1536)
+    if tl.min(n) < 1536:
+        inside = n < 1536
         i_k_2 = n % 48
         i_r = n // 48 % 1
         i_g = n // 48
@@ -180,34 +179,31 @@ def qkv_proj_skinny(qkv_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr,
         cos = tl.load(cos_ptr + t * 48 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
         v_3 = y1 * rsqrt
         sin = tl.load(sin_ptr + t * 48 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
-        tl.store(out_ptr + t.to(tl.int64) * 3072 + i_g * 96 + i_r * 96 + i_k_2, (v_2 * cos) - (v_3 * sin), mask=inside &
-                t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 3072 + i_g * 96 + i_r * 96 + i_k_2, (v_2 * cos) - (v_3 * sin),
+                mask=inside & t_mask)
         tl.store(out_ptr + t.to(tl.int64) * 3072 + i_g * 96 + i_r * 96 + i_k_2 + 48, (v_3 * cos) + (v_2 * sin),
                 mask=inside & t_mask)
     if (tl.max(n) >= 1536) & (tl.min(n) < 3072):
         inside_2 = (n >= 1536) & (n < 3072)
-        i_2 = n - 1536
-        i_k_2_2 = i_2 % 48
-        i_g_2 = i_2 // 48
+        i = n - 1536
+        i_k_2_2 = i % 48
+        i_g_2 = i // 48
         v_4 = y0 * rsqrt
         cos_2 = tl.load(cos_ptr + t * 48 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         v_5 = y1 * rsqrt
         sin_2 = tl.load(sin_ptr + t * 48 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(k_cache_ptr + slot * 3072 + i_g_2 * 96 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2), mask=inside_2 & t_mask
-                & (slot >= 0))
-        tl.store(k_cache_ptr + slot * 3072 + i_g_2 * 96 + i_k_2_2 + 48, (v_5 * cos_2) + (v_4 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-    if (tl.max(n) >= 3072) & (tl.min(n) < 4608):
-        inside_3 = (n >= 3072) & (n < 4608)
-        i_3 = n - 3072
+        tl.store(k_cache_ptr + slot * 3072 + i_g_2 * 96 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 3072 + i_g_2 * 96 + i_k_2_2 + 48, (v_5 * cos_2) + (v_4 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 3072:
+        inside_3 = n >= 3072
+        i_2 = n - 3072
         slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_2 * 3072 + i_3, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
-    if (tl.max(n) >= 3072) & (tl.min(n) < 4608):
-        inside_4 = (n >= 3072) & (n < 4608)
-        i_4 = (n - 3072) + 1536
-        slot_3 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_3 * 3072 + i_4, y1 * rsqrt, mask=inside_4 & t_mask & (slot_3 >= 0))
+        tl.store(v_cache_ptr + slot_2 * 3072 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 1536
+        tl.store(v_cache_ptr + slot_2 * 3072 + i_3, y1 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -248,8 +244,8 @@ def qkv_proj_matmul(qkv_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr,
     mean = tl.sum(mean_k, 1)[:, None] / 3072
     v = mean + 1e-05
     rsqrt = tl.rsqrt(v)
-    if (tl.max(n) >= 0) & (tl.min(n) < 1536):
-        inside = (n >= 0) & (n < 1536)
+    if tl.min(n) < 1536:
+        inside = n < 1536
         i_k_2 = n % 48
         i_r = n // 48 % 1
         i_g = n // 48
@@ -257,34 +253,113 @@ def qkv_proj_matmul(qkv_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr,
         cos = tl.load(cos_ptr + t * 48 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
         v_3 = y1 * rsqrt
         sin = tl.load(sin_ptr + t * 48 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
-        tl.store(out_ptr + t.to(tl.int64) * 3072 + i_g * 96 + i_r * 96 + i_k_2, (v_2 * cos) - (v_3 * sin), mask=inside &
-                t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 3072 + i_g * 96 + i_r * 96 + i_k_2, (v_2 * cos) - (v_3 * sin),
+                mask=inside & t_mask)
         tl.store(out_ptr + t.to(tl.int64) * 3072 + i_g * 96 + i_r * 96 + i_k_2 + 48, (v_3 * cos) + (v_2 * sin),
                 mask=inside & t_mask)
     if (tl.max(n) >= 1536) & (tl.min(n) < 3072):
         inside_2 = (n >= 1536) & (n < 3072)
-        i_2 = n - 1536
-        i_k_2_2 = i_2 % 48
-        i_g_2 = i_2 // 48
+        i = n - 1536
+        i_k_2_2 = i % 48
+        i_g_2 = i // 48
         v_4 = y0 * rsqrt
         cos_2 = tl.load(cos_ptr + t * 48 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         v_5 = y1 * rsqrt
         sin_2 = tl.load(sin_ptr + t * 48 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(k_cache_ptr + slot * 3072 + i_g_2 * 96 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2), mask=inside_2 & t_mask
-                & (slot >= 0))
-        tl.store(k_cache_ptr + slot * 3072 + i_g_2 * 96 + i_k_2_2 + 48, (v_5 * cos_2) + (v_4 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-    if (tl.max(n) >= 3072) & (tl.min(n) < 4608):
-        inside_3 = (n >= 3072) & (n < 4608)
-        i_3 = n - 3072
+        tl.store(k_cache_ptr + slot * 3072 + i_g_2 * 96 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 3072 + i_g_2 * 96 + i_k_2_2 + 48, (v_5 * cos_2) + (v_4 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 3072:
+        inside_3 = n >= 3072
+        i_2 = n - 3072
         slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_2 * 3072 + i_3, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
-    if (tl.max(n) >= 3072) & (tl.min(n) < 4608):
-        inside_4 = (n >= 3072) & (n < 4608)
-        i_4 = (n - 3072) + 1536
-        slot_3 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_3 * 3072 + i_4, y1 * rsqrt, mask=inside_4 & t_mask & (slot_3 >= 0))
+        tl.store(v_cache_ptr + slot_2 * 3072 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 1536
+        tl.store(v_cache_ptr + slot_2 * 3072 + i_3, y1 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def qkv_proj_stats(x_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+    # phi3.fuse:25   q, k, v = qkv_proj(x)
+    # phi3.fuse:26   q, k = rope[K](q, pos, freqs), rope[K](k, pos, freqs)
+    # phi3.fuse:27   o_proj(attend[K, mask=mask](q, cache(k), cache(v), pos))
+    # phi3.fuse:42   h = x + self_attn(input_layernorm(x), pos)
+    K: tl.constexpr = 3072
+    if PDL:
+        gdc_launch_dependents()
+    t = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    if PDL:
+        gdc_wait()
+    mean_k = tl.full([BLOCK_M, BLOCK_K], 0.0, tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        x = tl.load(x_ptr + t * 3072 + k, mask=t_mask, other=0).to(tl.float32)
+        mean_k = mean_k + (x * x)
+    mean = tl.sum(mean_k, 1)[:, None] / 3072
+    tl.store(stats_ptr + t, mean, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def qkv_proj_epilogue(cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr, v_cache_ptr, product_ptr, stats_ptr, T,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # phi3.fuse:25   q, k, v = qkv_proj(x)
+    # phi3.fuse:26   q, k = rope[K](q, pos, freqs), rope[K](k, pos, freqs)
+    # phi3.fuse:27   o_proj(attend[K, mask=mask](q, cache(k), cache(v), pos))
+    # phi3.fuse:42   h = x + self_attn(input_layernorm(x), pos)
+    ROWS: tl.constexpr = 4608
+    LEAVES: tl.constexpr = 2
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    y1 = tl.load(cell + ROWS, mask=t_mask, other=0).to(tl.float32)
+    mean = tl.load(stats_ptr + t, mask=t_mask, other=0)
+    v = mean + 1e-05
+    rsqrt = tl.rsqrt(v)
+    if tl.min(n) < 1536:
+        inside = n < 1536
+        i_k_2 = n % 48
+        i_r = n // 48 % 1
+        i_g = n // 48
+        v_2 = y0 * rsqrt
+        cos = tl.load(cos_ptr + t * 48 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
+        v_3 = y1 * rsqrt
+        sin = tl.load(sin_ptr + t * 48 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
+        tl.store(out_ptr + t.to(tl.int64) * 3072 + i_g * 96 + i_r * 96 + i_k_2, (v_2 * cos) - (v_3 * sin),
+                mask=inside & t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 3072 + i_g * 96 + i_r * 96 + i_k_2 + 48, (v_3 * cos) + (v_2 * sin),
+                mask=inside & t_mask)
+    if (tl.max(n) >= 1536) & (tl.min(n) < 3072):
+        inside_2 = (n >= 1536) & (n < 3072)
+        i = n - 1536
+        i_k_2_2 = i % 48
+        i_g_2 = i // 48
+        v_4 = y0 * rsqrt
+        cos_2 = tl.load(cos_ptr + t * 48 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
+        v_5 = y1 * rsqrt
+        sin_2 = tl.load(sin_ptr + t * 48 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
+        slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
+        tl.store(k_cache_ptr + slot * 3072 + i_g_2 * 96 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 3072 + i_g_2 * 96 + i_k_2_2 + 48, (v_5 * cos_2) + (v_4 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 3072:
+        inside_3 = n >= 3072
+        i_2 = n - 3072
+        slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
+        tl.store(v_cache_ptr + slot_2 * 3072 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 1536
+        tl.store(v_cache_ptr + slot_2 * 3072 + i_3, y1 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
 
 
 @triton.jit
@@ -380,9 +455,9 @@ def attention_decode(
         heads = (row * SPLITS + i)[None, :] * R + h[:, None]
         there = (i < used)[None, :] & (h < R)[:, None]
         logs = tl.load(lse + heads, mask=there, other=NEVER, cache_modifier=".cg")
-        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :], mask=there[:, :, None] & (dj < J)[None,
-                None, :],
-                          other=0.0, cache_modifier=".cg")
+        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :],
+        mask=there[:, :, None] & (dj < J)[None, None, :],
+                       other=0.0, cache_modifier=".cg")
         higher = tl.maximum(top, tl.max(logs, 1))
         weight = tl.exp2(logs - higher[:, None])
         fade = tl.exp2(top - higher)
@@ -586,9 +661,8 @@ def o_proj_matmul(o_proj_ptr, attended_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.const
 
 
 @triton.jit
-def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES:
-        tl.constexpr,
-                      PDL: tl.constexpr):
+def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      STAGES: tl.constexpr, PDL: tl.constexpr):
     # phi3.fuse:33   gate, up = gate_up_proj(x)
     # phi3.fuse:34   down_proj(silu(gate) * up)
     # phi3.fuse:43   h + mlp(post_attention_layernorm(h))
@@ -727,6 +801,54 @@ def gate_up_proj_matmul(gate_up_proj_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constex
         y1 = tl.dot(a, w1, y1)
         mean_k = mean_k + (x * x)
     mean = tl.sum(mean_k, 1)[:, None] / 3072
+    v = mean + 1e-05
+    rsqrt = tl.rsqrt(v)
+    v_2 = y0 * rsqrt
+    tl.store(out_ptr + t.to(tl.int64) * 8192 + n, (v_2 * (1 / (1 + tl.exp(-v_2)))) * (y1 * rsqrt), mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gate_up_proj_stats(x_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+    # phi3.fuse:33   gate, up = gate_up_proj(x)
+    # phi3.fuse:34   down_proj(silu(gate) * up)
+    # phi3.fuse:43   h + mlp(post_attention_layernorm(h))
+    K: tl.constexpr = 3072
+    if PDL:
+        gdc_launch_dependents()
+    t = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    if PDL:
+        gdc_wait()
+    mean_k = tl.full([BLOCK_M, BLOCK_K], 0.0, tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        x = tl.load(x_ptr + t * 3072 + k, mask=t_mask, other=0).to(tl.float32)
+        mean_k = mean_k + (x * x)
+    mean = tl.sum(mean_k, 1)[:, None] / 3072
+    tl.store(stats_ptr + t, mean, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gate_up_proj_epilogue(out_ptr, product_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                          PDL: tl.constexpr):
+    # phi3.fuse:33   gate, up = gate_up_proj(x)
+    # phi3.fuse:34   down_proj(silu(gate) * up)
+    # phi3.fuse:43   h + mlp(post_attention_layernorm(h))
+    ROWS: tl.constexpr = 8192
+    LEAVES: tl.constexpr = 2
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    y1 = tl.load(cell + ROWS, mask=t_mask, other=0).to(tl.float32)
+    mean = tl.load(stats_ptr + t, mask=t_mask, other=0)
     v = mean + 1e-05
     rsqrt = tl.rsqrt(v)
     v_2 = y0 * rsqrt

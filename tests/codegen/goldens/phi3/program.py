@@ -25,7 +25,7 @@ def positions(T, pos, table, out0, out1):
         BLOCK_M=16, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def qkv_proj(T, qkv_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
+def qkv_proj(m, T, qkv_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
     if T == 1:
         kernels.qkv_proj_gemv[(triton.cdiv(4608, 4),)](
             qkv_proj, x, cos, sin, out, k_cache, slots, v_cache,
@@ -42,29 +42,38 @@ def qkv_proj(T, qkv_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, ar
         kernels.qkv_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(4608, 16), 1)](
             qkv_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.qkv_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(4608, 64),)](
             qkv_proj, x, cos, sin, out, k_cache, slots, v_cache, T,
             BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 9216)
+        torch.mm(x[:T], qkv_proj.view(9216, 3072).t(), out=product)
+        stats = m.stats(T, 1)
+        kernels.qkv_proj_stats[(triton.cdiv(T, 4),)](
+            x, stats, T,
+            BLOCK_M=4, BLOCK_K=1024, PDL=PDL, num_warps=4, launch_pdl=PDL)
+        kernels.qkv_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(4608, 256),)](
+            cos, sin, out, k_cache, slots, v_cache, product, stats, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def attention(m, b, q, k_cache, v_cache, out):
     sequences = b.context_lens.shape[0]
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=32, R=1, K=96, J=96, page=m.block_size, itemsize=2, pdl=PDL)
-        kernels.attention_decode[launch.grid](q, k_cache, v_cache, b.block_tables, b.context_lens, out,
-                *m.scratch(launch), 3072,
+        kernels.attention_decode[launch.grid](
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 3072,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:
         launch = prefill_launch(sequences, b.max_query, G=32, R=1, K=96, J=96, page=m.block_size, itemsize=2, pdl=PDL)
-        kernels.attention_prefill[launch.grid](q, k_cache, v_cache, b.block_tables, b.query_starts, b.context_lens, out,
-                3072,
-            b.block_tables.stride(0),
+        kernels.attention_prefill[launch.grid](
+            q, k_cache, v_cache, b.block_tables, b.query_starts, b.context_lens, out, 3072, b.block_tables.stride(0),
             **launch.constants, **launch.options)
 
 
-def o_proj(T, o_proj, attended, x, out, partial, arrivals):
+def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
     if T == 1:
         kernels.o_proj_gemv[(triton.cdiv(3072, 4),)](
             o_proj, attended, x, out,
@@ -81,13 +90,15 @@ def o_proj(T, o_proj, attended, x, out, partial, arrivals):
         kernels.o_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(3072, 32), 2)](
             o_proj, attended, x, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.o_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(3072, 128),)](
             o_proj, attended, x, out, T,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        torch.addmm(x[:T], attended[:T], o_proj.view(3072, 3072).t(), out=out[:T])
 
 
-def gate_up_proj(T, gate_up_proj, x, out, partial, arrivals):
+def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(8192, 4),)](
             gate_up_proj, x, out,
@@ -104,13 +115,23 @@ def gate_up_proj(T, gate_up_proj, x, out, partial, arrivals):
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(8192, 16), 1)](
             gate_up_proj, x, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.gate_up_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(8192, 64),)](
             gate_up_proj, x, out, T,
             BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 16384)
+        torch.mm(x[:T], gate_up_proj.view(16384, 3072).t(), out=product)
+        stats = m.stats(T, 1)
+        kernels.gate_up_proj_stats[(triton.cdiv(T, 4),)](
+            x, stats, T,
+            BLOCK_M=4, BLOCK_K=1024, PDL=PDL, num_warps=4, launch_pdl=PDL)
+        kernels.gate_up_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(8192, 256),)](
+            out, product, stats, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def down_proj(T, down_proj, x, x_2, out, partial, arrivals):
+def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
     if T == 1:
         kernels.down_proj_gemv[(triton.cdiv(3072, 4),)](
             down_proj, x, x_2, out,
@@ -127,10 +148,12 @@ def down_proj(T, down_proj, x, x_2, out, partial, arrivals):
         kernels.down_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(3072, 32), 2)](
             down_proj, x, x_2, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.down_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(3072, 128),)](
             down_proj, x, x_2, out, T,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        torch.addmm(x_2[:T], x[:T], down_proj.view(3072, 8192).t(), out=out[:T])
 
 
 def lm_head(N, lm_head, rows, x, out, partial, arrivals):
@@ -163,17 +186,17 @@ def step(m, b):
     logits = torch.empty((N, 32064), dtype=torch.float32, device=b.ids.device)
     embed_tokens(T, b.ids, w["model.embed_tokens"], m.x)
     positions(T, b.positions, w["constants.table"], m.cos, m.sin)
-    qkv_proj(T, w["model.layers.0.qkv_proj"], m.x, m.cos, m.sin, m.x_2, c["model.layers.0.self_attn.k"], b.slots,
+    qkv_proj(m, T, w["model.layers.0.qkv_proj"], m.x, m.cos, m.sin, m.x_2, c["model.layers.0.self_attn.k"], b.slots,
             c["model.layers.0.self_attn.v"], m.partial, m.arrivals)
     attention(m, b, m.x_2, c["model.layers.0.self_attn.k"], c["model.layers.0.self_attn.v"], m.attended)
-    o_proj(T, w["model.layers.0.self_attn.o_proj"], m.attended, m.x, m.x_2, m.partial, m.arrivals)
-    gate_up_proj(T, w["model.layers.0.gate_up_proj"], m.x_2, m.x_3, m.partial, m.arrivals)
-    down_proj(T, w["model.layers.0.mlp.down_proj"], m.x_3, m.x_2, m.x, m.partial, m.arrivals)
-    qkv_proj(T, w["model.layers.1.qkv_proj"], m.x, m.cos, m.sin, m.x_2, c["model.layers.1.self_attn.k"], b.slots,
+    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.attended, m.x, m.x_2, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.0.gate_up_proj"], m.x_2, m.x_3, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_3, m.x_2, m.x, m.partial, m.arrivals)
+    qkv_proj(m, T, w["model.layers.1.qkv_proj"], m.x, m.cos, m.sin, m.x_2, c["model.layers.1.self_attn.k"], b.slots,
             c["model.layers.1.self_attn.v"], m.partial, m.arrivals)
     attention(m, b, m.x_2, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.attended)
-    o_proj(T, w["model.layers.1.self_attn.o_proj"], m.attended, m.x, m.x_4, m.partial, m.arrivals)
-    gate_up_proj(T, w["model.layers.1.gate_up_proj"], m.x_4, m.x_5, m.partial, m.arrivals)
-    down_proj(T, w["model.layers.1.mlp.down_proj"], m.x_5, m.x_4, m.x, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.attended, m.x, m.x_4, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_4, m.x_5, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_5, m.x_4, m.x, m.partial, m.arrivals)
     lm_head(N, w["lm_head"], b.rows, m.x, logits, m.partial, m.arrivals)
     return logits

@@ -43,9 +43,8 @@ def positions(pos_ptr, table_ptr, out0_ptr, out1_ptr, T, BLOCK_M: tl.constexpr, 
 
 @triton.jit
 def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, q_proj_bias_ptr, cos_ptr, q_proj_bias_2_ptr, sin_ptr, out_ptr,
-        k_proj_bias_ptr,
-                    k_proj_bias_2_ptr, k_cache_ptr, slots_ptr, v_proj_bias_ptr, v_cache_ptr, BLOCK_N: tl.constexpr,
-                    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+                    k_proj_bias_ptr, k_proj_bias_2_ptr, k_cache_ptr, slots_ptr, v_proj_bias_ptr, v_cache_ptr,
+                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # qwen2.fuse:29   q = rope[K](q_proj(x), pos, freqs)
     # qwen2.fuse:30   k = rope[K](k_proj(x), pos, freqs)
     # qwen2.fuse:31   v = v_proj(x)
@@ -63,7 +62,7 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, q_proj_bias_ptr, cos_ptr, q_proj_bias
     if PDL:
         gdc_wait()
     x = tl.load(x_ptr + k).to(tl.float32)
-    inside = (n >= 0) & (n < 1792)
+    inside = n < 1792
     i_k_2 = n % 64
     i_r = n // 64 % 7
     i_g = n // 448
@@ -72,19 +71,18 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, q_proj_bias_ptr, cos_ptr, q_proj_bias
     q_proj_bias_2 = tl.load(q_proj_bias_2_ptr + n, mask=inside, other=0).to(tl.float32)
     sin = tl.load(sin_ptr + i_k_2, mask=inside, other=0).to(tl.float32)
     inside_2 = (n >= 1792) & (n < 2048)
-    i_2 = n - 1792
-    i_k_2_2 = i_2 % 64
-    i_g_2 = i_2 // 64
-    k_proj_bias = tl.load(k_proj_bias_ptr + i_2, mask=inside_2, other=0).to(tl.float32)
+    i = n - 1792
+    i_k_2_2 = i % 64
+    i_g_2 = i // 64
+    k_proj_bias = tl.load(k_proj_bias_ptr + i, mask=inside_2, other=0).to(tl.float32)
     cos_2 = tl.load(cos_ptr + i_k_2_2, mask=inside_2, other=0).to(tl.float32)
-    k_proj_bias_2 = tl.load(k_proj_bias_2_ptr + i_2, mask=inside_2, other=0).to(tl.float32)
+    k_proj_bias_2 = tl.load(k_proj_bias_2_ptr + i, mask=inside_2, other=0).to(tl.float32)
     sin_2 = tl.load(sin_ptr + i_k_2_2, mask=inside_2, other=0).to(tl.float32)
     slot = tl.load(slots_ptr)
-    inside_3 = (n >= 2048) & (n < 2304)
-    i_3 = n - 2048
-    v_proj_bias = tl.load(v_proj_bias_ptr + i_3, mask=inside_3, other=0).to(tl.float32)
-    i_4 = (n - 2048) + 256
-    v_proj_bias_2 = tl.load(v_proj_bias_ptr + i_4, mask=inside_3, other=0).to(tl.float32)
+    inside_3 = n >= 2048
+    i_2 = n - 2048
+    v_proj_bias = tl.load(v_proj_bias_ptr + i_2, mask=inside_3, other=0).to(tl.float32)
+    v_proj_bias_2 = tl.load(v_proj_bias_ptr + i, mask=inside_3, other=0).to(tl.float32)
     acc0 = w0.to(tl.float32) * x[None, :]
     acc1 = w1.to(tl.float32) * x[None, :]
     mean_k = x * x
@@ -107,21 +105,19 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, q_proj_bias_ptr, cos_ptr, q_proj_bias
     tl.store(out_ptr + i_g * 896 + i_r * 128 + i_k_2 + 64, (v_3 * cos) + (v_2 * sin), mask=inside)
     v_4 = (y0 * rsqrt) + k_proj_bias
     v_5 = (y1 * rsqrt) + k_proj_bias_2
-    tl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2), mask=inside_2 & (slot >=
-            0))
-    tl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2), mask=inside_2 & (slot
-            >= 0))
-    tl.store(v_cache_ptr + slot * 512 + i_3, (y0 * rsqrt) + v_proj_bias, mask=inside_3 & (slot >= 0))
-    tl.store(v_cache_ptr + slot * 512 + i_4, (y1 * rsqrt) + v_proj_bias_2, mask=inside_3 & (slot >= 0))
+    tl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2),
+            mask=inside_2 & (slot >= 0))
+    tl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2),
+            mask=inside_2 & (slot >= 0))
+    tl.store(v_cache_ptr + slot * 512 + i_2, (y0 * rsqrt) + v_proj_bias, mask=inside_3 & (slot >= 0))
+    tl.store(v_cache_ptr + slot * 512 + i, (y1 * rsqrt) + v_proj_bias_2, mask=inside_3 & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
 def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, q_proj_bias_ptr, cos_ptr, q_proj_bias_2_ptr, sin_ptr, out_ptr,
-        k_proj_bias_ptr,
-                      k_proj_bias_2_ptr, k_cache_ptr, slots_ptr, v_proj_bias_ptr, v_cache_ptr, partial_ptr,
-                              arrivals_ptr, T,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                      STAGES: tl.constexpr, PDL: tl.constexpr):
+                      k_proj_bias_ptr, k_proj_bias_2_ptr, k_cache_ptr, slots_ptr, v_proj_bias_ptr, v_cache_ptr,
+                      partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # qwen2.fuse:29   q = rope[K](q_proj(x), pos, freqs)
     # qwen2.fuse:30   k = rope[K](k_proj(x), pos, freqs)
     # qwen2.fuse:31   v = v_proj(x)
@@ -185,8 +181,8 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, q_proj_bias_ptr, cos_ptr, q_proj_bi
     mean = mean / 3584
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    if (tl.max(n) >= 0) & (tl.min(n) < 1792):
-        inside = (n >= 0) & (n < 1792)
+    if tl.min(n) < 1792:
+        inside = n < 1792
         i_k_2 = n % 64
         i_r = n // 64 % 7
         i_g = n // 448
@@ -196,46 +192,42 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, q_proj_bias_ptr, cos_ptr, q_proj_bi
         q_proj_bias_2 = tl.load(q_proj_bias_2_ptr + n, mask=inside, other=0).to(tl.float32)
         v_3 = (y1 * rsqrt) + q_proj_bias_2
         sin = tl.load(sin_ptr + t * 64 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
-        tl.store(out_ptr + t.to(tl.int64) * 3584 + i_g * 896 + i_r * 128 + i_k_2, (v_2 * cos) - (v_3 * sin), mask=inside
-                & t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 3584 + i_g * 896 + i_r * 128 + i_k_2, (v_2 * cos) - (v_3 * sin),
+                mask=inside & t_mask)
         tl.store(out_ptr + t.to(tl.int64) * 3584 + i_g * 896 + i_r * 128 + i_k_2 + 64, (v_3 * cos) + (v_2 * sin),
                 mask=inside & t_mask)
     if (tl.max(n) >= 1792) & (tl.min(n) < 2048):
         inside_2 = (n >= 1792) & (n < 2048)
-        i_2 = n - 1792
-        i_k_2_2 = i_2 % 64
-        i_g_2 = i_2 // 64
-        k_proj_bias = tl.load(k_proj_bias_ptr + i_2, mask=inside_2, other=0).to(tl.float32)
+        i = n - 1792
+        i_k_2_2 = i % 64
+        i_g_2 = i // 64
+        k_proj_bias = tl.load(k_proj_bias_ptr + i, mask=inside_2, other=0).to(tl.float32)
         v_4 = (y0 * rsqrt) + k_proj_bias
         cos_2 = tl.load(cos_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
-        k_proj_bias_2 = tl.load(k_proj_bias_2_ptr + i_2, mask=inside_2, other=0).to(tl.float32)
+        k_proj_bias_2 = tl.load(k_proj_bias_2_ptr + i, mask=inside_2, other=0).to(tl.float32)
         v_5 = (y1 * rsqrt) + k_proj_bias_2
         sin_2 = tl.load(sin_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2), mask=inside_2 & t_mask
-                & (slot >= 0))
-        tl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-    if (tl.max(n) >= 2048) & (tl.min(n) < 2304):
-        inside_3 = (n >= 2048) & (n < 2304)
-        i_3 = n - 2048
-        v_proj_bias = tl.load(v_proj_bias_ptr + i_3, mask=inside_3, other=0).to(tl.float32)
+        tl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 2048:
+        inside_3 = n >= 2048
+        i_2 = n - 2048
+        v_proj_bias = tl.load(v_proj_bias_ptr + i_2, mask=inside_3, other=0).to(tl.float32)
         slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_2 * 512 + i_3, (y0 * rsqrt) + v_proj_bias, mask=inside_3 & t_mask & (slot_2 >= 0))
-    if (tl.max(n) >= 2048) & (tl.min(n) < 2304):
-        inside_4 = (n >= 2048) & (n < 2304)
-        i_4 = (n - 2048) + 256
-        v_proj_bias_2 = tl.load(v_proj_bias_ptr + i_4, mask=inside_4, other=0).to(tl.float32)
-        slot_3 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_3 * 512 + i_4, (y1 * rsqrt) + v_proj_bias_2, mask=inside_4 & t_mask & (slot_3 >= 0))
+        tl.store(v_cache_ptr + slot_2 * 512 + i_2, (y0 * rsqrt) + v_proj_bias, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 1792
+        v_proj_bias_2 = tl.load(v_proj_bias_ptr + i_3, mask=inside_3, other=0).to(tl.float32)
+        tl.store(v_cache_ptr + slot_2 * 512 + i_3, (y1 * rsqrt) + v_proj_bias_2, mask=inside_3 & t_mask & (slot_2 >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
 def q_k_v_proj_matmul(q_k_v_proj_ptr, x_ptr, q_proj_bias_ptr, cos_ptr, q_proj_bias_2_ptr, sin_ptr, out_ptr,
-        k_proj_bias_ptr,
-                      k_proj_bias_2_ptr, k_cache_ptr, slots_ptr, v_proj_bias_ptr, v_cache_ptr, T, BLOCK_M: tl.constexpr,
-                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-                      PDL: tl.constexpr):
+                      k_proj_bias_ptr, k_proj_bias_2_ptr, k_cache_ptr, slots_ptr, v_proj_bias_ptr, v_cache_ptr, T,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+                      STAGES: tl.constexpr, PDL: tl.constexpr):
     # qwen2.fuse:29   q = rope[K](q_proj(x), pos, freqs)
     # qwen2.fuse:30   k = rope[K](k_proj(x), pos, freqs)
     # qwen2.fuse:31   v = v_proj(x)
@@ -271,8 +263,8 @@ def q_k_v_proj_matmul(q_k_v_proj_ptr, x_ptr, q_proj_bias_ptr, cos_ptr, q_proj_bi
     mean = tl.sum(mean_k, 1)[:, None] / 3584
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    if (tl.max(n) >= 0) & (tl.min(n) < 1792):
-        inside = (n >= 0) & (n < 1792)
+    if tl.min(n) < 1792:
+        inside = n < 1792
         i_k_2 = n % 64
         i_r = n // 64 % 7
         i_g = n // 448
@@ -282,38 +274,127 @@ def q_k_v_proj_matmul(q_k_v_proj_ptr, x_ptr, q_proj_bias_ptr, cos_ptr, q_proj_bi
         q_proj_bias_2 = tl.load(q_proj_bias_2_ptr + n, mask=inside, other=0).to(tl.float32)
         v_3 = (y1 * rsqrt) + q_proj_bias_2
         sin = tl.load(sin_ptr + t * 64 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
-        tl.store(out_ptr + t.to(tl.int64) * 3584 + i_g * 896 + i_r * 128 + i_k_2, (v_2 * cos) - (v_3 * sin), mask=inside
-                & t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 3584 + i_g * 896 + i_r * 128 + i_k_2, (v_2 * cos) - (v_3 * sin),
+                mask=inside & t_mask)
         tl.store(out_ptr + t.to(tl.int64) * 3584 + i_g * 896 + i_r * 128 + i_k_2 + 64, (v_3 * cos) + (v_2 * sin),
                 mask=inside & t_mask)
     if (tl.max(n) >= 1792) & (tl.min(n) < 2048):
         inside_2 = (n >= 1792) & (n < 2048)
-        i_2 = n - 1792
-        i_k_2_2 = i_2 % 64
-        i_g_2 = i_2 // 64
-        k_proj_bias = tl.load(k_proj_bias_ptr + i_2, mask=inside_2, other=0).to(tl.float32)
+        i = n - 1792
+        i_k_2_2 = i % 64
+        i_g_2 = i // 64
+        k_proj_bias = tl.load(k_proj_bias_ptr + i, mask=inside_2, other=0).to(tl.float32)
         v_4 = (y0 * rsqrt) + k_proj_bias
         cos_2 = tl.load(cos_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
-        k_proj_bias_2 = tl.load(k_proj_bias_2_ptr + i_2, mask=inside_2, other=0).to(tl.float32)
+        k_proj_bias_2 = tl.load(k_proj_bias_2_ptr + i, mask=inside_2, other=0).to(tl.float32)
         v_5 = (y1 * rsqrt) + k_proj_bias_2
         sin_2 = tl.load(sin_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2), mask=inside_2 & t_mask
-                & (slot >= 0))
-        tl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2), mask=inside_2 &
-                t_mask & (slot >= 0))
-    if (tl.max(n) >= 2048) & (tl.min(n) < 2304):
-        inside_3 = (n >= 2048) & (n < 2304)
-        i_3 = n - 2048
-        v_proj_bias = tl.load(v_proj_bias_ptr + i_3, mask=inside_3, other=0).to(tl.float32)
+        tl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 2048:
+        inside_3 = n >= 2048
+        i_2 = n - 2048
+        v_proj_bias = tl.load(v_proj_bias_ptr + i_2, mask=inside_3, other=0).to(tl.float32)
         slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_2 * 512 + i_3, (y0 * rsqrt) + v_proj_bias, mask=inside_3 & t_mask & (slot_2 >= 0))
-    if (tl.max(n) >= 2048) & (tl.min(n) < 2304):
-        inside_4 = (n >= 2048) & (n < 2304)
-        i_4 = (n - 2048) + 256
-        v_proj_bias_2 = tl.load(v_proj_bias_ptr + i_4, mask=inside_4, other=0).to(tl.float32)
-        slot_3 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot_3 * 512 + i_4, (y1 * rsqrt) + v_proj_bias_2, mask=inside_4 & t_mask & (slot_3 >= 0))
+        tl.store(v_cache_ptr + slot_2 * 512 + i_2, (y0 * rsqrt) + v_proj_bias, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 1792
+        v_proj_bias_2 = tl.load(v_proj_bias_ptr + i_3, mask=inside_3, other=0).to(tl.float32)
+        tl.store(v_cache_ptr + slot_2 * 512 + i_3, (y1 * rsqrt) + v_proj_bias_2, mask=inside_3 & t_mask & (slot_2 >= 0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def q_k_v_proj_stats(x_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+    # qwen2.fuse:29   q = rope[K](q_proj(x), pos, freqs)
+    # qwen2.fuse:30   k = rope[K](k_proj(x), pos, freqs)
+    # qwen2.fuse:31   v = v_proj(x)
+    # qwen2.fuse:32   o_proj(attend[K, scale=scale](q, cache(k), cache(v), pos))
+    # qwen2.fuse:47   h = x + self_attn(input_layernorm(x), pos)
+    K: tl.constexpr = 3584
+    if PDL:
+        gdc_launch_dependents()
+    t = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    if PDL:
+        gdc_wait()
+    mean_k = tl.full([BLOCK_M, BLOCK_K], 0.0, tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        k_mask = k < K
+        x = tl.load(x_ptr + t * 3584 + k, mask=t_mask & k_mask, other=0).to(tl.float32)
+        mean_k = mean_k + tl.where(k_mask, x * x, 0.0)
+    mean = tl.sum(mean_k, 1)[:, None] / 3584
+    tl.store(stats_ptr + t, mean, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def q_k_v_proj_epilogue(q_proj_bias_ptr, cos_ptr, q_proj_bias_2_ptr, sin_ptr, out_ptr, k_proj_bias_ptr,
+                        k_proj_bias_2_ptr, k_cache_ptr, slots_ptr, v_proj_bias_ptr, v_cache_ptr, product_ptr, stats_ptr,
+                        T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # qwen2.fuse:29   q = rope[K](q_proj(x), pos, freqs)
+    # qwen2.fuse:30   k = rope[K](k_proj(x), pos, freqs)
+    # qwen2.fuse:31   v = v_proj(x)
+    # qwen2.fuse:32   o_proj(attend[K, scale=scale](q, cache(k), cache(v), pos))
+    # qwen2.fuse:47   h = x + self_attn(input_layernorm(x), pos)
+    ROWS: tl.constexpr = 2304
+    LEAVES: tl.constexpr = 2
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    y1 = tl.load(cell + ROWS, mask=t_mask, other=0).to(tl.float32)
+    mean = tl.load(stats_ptr + t, mask=t_mask, other=0)
+    v = mean + 1e-06
+    rsqrt = tl.rsqrt(v)
+    if tl.min(n) < 1792:
+        inside = n < 1792
+        i_k_2 = n % 64
+        i_r = n // 64 % 7
+        i_g = n // 448
+        q_proj_bias = tl.load(q_proj_bias_ptr + n, mask=inside, other=0).to(tl.float32)
+        v_2 = (y0 * rsqrt) + q_proj_bias
+        cos = tl.load(cos_ptr + t * 64 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
+        q_proj_bias_2 = tl.load(q_proj_bias_2_ptr + n, mask=inside, other=0).to(tl.float32)
+        v_3 = (y1 * rsqrt) + q_proj_bias_2
+        sin = tl.load(sin_ptr + t * 64 + i_k_2, mask=t_mask & inside, other=0).to(tl.float32)
+        tl.store(out_ptr + t.to(tl.int64) * 3584 + i_g * 896 + i_r * 128 + i_k_2, (v_2 * cos) - (v_3 * sin),
+                mask=inside & t_mask)
+        tl.store(out_ptr + t.to(tl.int64) * 3584 + i_g * 896 + i_r * 128 + i_k_2 + 64, (v_3 * cos) + (v_2 * sin),
+                mask=inside & t_mask)
+    if (tl.max(n) >= 1792) & (tl.min(n) < 2048):
+        inside_2 = (n >= 1792) & (n < 2048)
+        i = n - 1792
+        i_k_2_2 = i % 64
+        i_g_2 = i // 64
+        k_proj_bias = tl.load(k_proj_bias_ptr + i, mask=inside_2, other=0).to(tl.float32)
+        v_4 = (y0 * rsqrt) + k_proj_bias
+        cos_2 = tl.load(cos_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
+        k_proj_bias_2 = tl.load(k_proj_bias_2_ptr + i, mask=inside_2, other=0).to(tl.float32)
+        v_5 = (y1 * rsqrt) + k_proj_bias_2
+        sin_2 = tl.load(sin_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(tl.float32)
+        slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
+        tl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        tl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if tl.max(n) >= 2048:
+        inside_3 = n >= 2048
+        i_2 = n - 2048
+        v_proj_bias = tl.load(v_proj_bias_ptr + i_2, mask=inside_3, other=0).to(tl.float32)
+        slot_2 = tl.load(slots_ptr + t, mask=t_mask, other=-1)
+        tl.store(v_cache_ptr + slot_2 * 512 + i_2, (y0 * rsqrt) + v_proj_bias, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 1792
+        v_proj_bias_2 = tl.load(v_proj_bias_ptr + i_3, mask=inside_3, other=0).to(tl.float32)
+        tl.store(v_cache_ptr + slot_2 * 512 + i_3, (y1 * rsqrt) + v_proj_bias_2, mask=inside_3 & t_mask & (slot_2 >= 0))
 
 
 @triton.jit
@@ -409,9 +490,9 @@ def attention_decode(
         heads = (row * SPLITS + i)[None, :] * R + h[:, None]
         there = (i < used)[None, :] & (h < R)[:, None]
         logs = tl.load(lse + heads, mask=there, other=NEVER, cache_modifier=".cg")
-        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :], mask=there[:, :, None] & (dj < J)[None,
-                None, :],
-                          other=0.0, cache_modifier=".cg")
+        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :],
+        mask=there[:, :, None] & (dj < J)[None, None, :],
+                       other=0.0, cache_modifier=".cg")
         higher = tl.maximum(top, tl.max(logs, 1))
         weight = tl.exp2(logs - higher[:, None])
         fade = tl.exp2(top - higher)
@@ -615,9 +696,8 @@ def o_proj_matmul(o_proj_ptr, attended_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.const
 
 
 @triton.jit
-def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES:
-        tl.constexpr,
-                      PDL: tl.constexpr):
+def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      STAGES: tl.constexpr, PDL: tl.constexpr):
     # qwen2.fuse:39   down_proj(silu(gate_proj(x)) * up_proj(x))
     # qwen2.fuse:48   h + mlp(post_attention_layernorm(h))
     ROWS: tl.constexpr = 18944
@@ -753,6 +833,53 @@ def gate_up_proj_matmul(gate_up_proj_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constex
         y1 = tl.dot(a, w1, y1)
         mean_k = mean_k + (x * x)
     mean = tl.sum(mean_k, 1)[:, None] / 3584
+    v = mean + 1e-06
+    rsqrt = tl.rsqrt(v)
+    v_2 = y0 * rsqrt
+    tl.store(out_ptr + t.to(tl.int64) * 18944 + n, (v_2 * (1 / (1 + tl.exp(-v_2)))) * (y1 * rsqrt), mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gate_up_proj_stats(x_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+    # qwen2.fuse:39   down_proj(silu(gate_proj(x)) * up_proj(x))
+    # qwen2.fuse:48   h + mlp(post_attention_layernorm(h))
+    K: tl.constexpr = 3584
+    if PDL:
+        gdc_launch_dependents()
+    t = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    if PDL:
+        gdc_wait()
+    mean_k = tl.full([BLOCK_M, BLOCK_K], 0.0, tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        k_mask = k < K
+        x = tl.load(x_ptr + t * 3584 + k, mask=t_mask & k_mask, other=0).to(tl.float32)
+        mean_k = mean_k + tl.where(k_mask, x * x, 0.0)
+    mean = tl.sum(mean_k, 1)[:, None] / 3584
+    tl.store(stats_ptr + t, mean, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gate_up_proj_epilogue(out_ptr, product_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                          PDL: tl.constexpr):
+    # qwen2.fuse:39   down_proj(silu(gate_proj(x)) * up_proj(x))
+    # qwen2.fuse:48   h + mlp(post_attention_layernorm(h))
+    ROWS: tl.constexpr = 18944
+    LEAVES: tl.constexpr = 2
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    y1 = tl.load(cell + ROWS, mask=t_mask, other=0).to(tl.float32)
+    mean = tl.load(stats_ptr + t, mask=t_mask, other=0)
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
     v_2 = y0 * rsqrt

@@ -42,11 +42,11 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, out0_ptr, out1_ptr, v_cache_ptr, slot
     if PDL:
         gdc_wait()
     x = tl.load(x_ptr + k).to(tl.float32)
-    inside = (n >= 0) & (n < 4096)
+    inside = n < 4096
     inside_2 = (n >= 4096) & (n < 5120)
-    i_2 = n - 4096
-    inside_3 = (n >= 5120) & (n < 6144)
-    i_3 = n - 5120
+    i = n - 4096
+    inside_3 = n >= 5120
+    i_2 = n - 5120
     slot = tl.load(slots_ptr)
     acc0 = w0.to(tl.float32) * x[None, :]
     mean_k = x * x
@@ -61,8 +61,8 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, out0_ptr, out1_ptr, v_cache_ptr, slot
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
     tl.store(out0_ptr + n, y0 * rsqrt, mask=inside)
-    tl.store(out1_ptr + i_2, y0 * rsqrt, mask=inside_2)
-    tl.store(v_cache_ptr + slot * 1024 + i_3, y0 * rsqrt, mask=inside_3 & (slot >= 0))
+    tl.store(out1_ptr + i, y0 * rsqrt, mask=inside_2)
+    tl.store(v_cache_ptr + slot * 1024 + i_2, y0 * rsqrt, mask=inside_3 & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -125,18 +125,18 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, out0_ptr, out1_ptr, v_cache_ptr, sl
     mean = mean / 4096
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    if (tl.max(n) >= 0) & (tl.min(n) < 4096):
-        inside = (n >= 0) & (n < 4096)
+    if tl.min(n) < 4096:
+        inside = n < 4096
         tl.store(out0_ptr + t.to(tl.int64) * 4096 + n, y0 * rsqrt, mask=inside & t_mask)
     if (tl.max(n) >= 4096) & (tl.min(n) < 5120):
         inside_2 = (n >= 4096) & (n < 5120)
-        i_2 = n - 4096
-        tl.store(out1_ptr + t.to(tl.int64) * 1024 + i_2, y0 * rsqrt, mask=inside_2 & t_mask)
-    if (tl.max(n) >= 5120) & (tl.min(n) < 6144):
-        inside_3 = (n >= 5120) & (n < 6144)
-        i_3 = n - 5120
+        i = n - 4096
+        tl.store(out1_ptr + t.to(tl.int64) * 1024 + i, y0 * rsqrt, mask=inside_2 & t_mask)
+    if tl.max(n) >= 5120:
+        inside_3 = n >= 5120
+        i_2 = n - 5120
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot * 1024 + i_3, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
+        tl.store(v_cache_ptr + slot * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -175,18 +175,79 @@ def q_k_v_proj_matmul(q_k_v_proj_ptr, x_ptr, out0_ptr, out1_ptr, v_cache_ptr, sl
     mean = tl.sum(mean_k, 1)[:, None] / 4096
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    if (tl.max(n) >= 0) & (tl.min(n) < 4096):
-        inside = (n >= 0) & (n < 4096)
+    if tl.min(n) < 4096:
+        inside = n < 4096
         tl.store(out0_ptr + t.to(tl.int64) * 4096 + n, y0 * rsqrt, mask=inside & t_mask)
     if (tl.max(n) >= 4096) & (tl.min(n) < 5120):
         inside_2 = (n >= 4096) & (n < 5120)
-        i_2 = n - 4096
-        tl.store(out1_ptr + t.to(tl.int64) * 1024 + i_2, y0 * rsqrt, mask=inside_2 & t_mask)
-    if (tl.max(n) >= 5120) & (tl.min(n) < 6144):
-        inside_3 = (n >= 5120) & (n < 6144)
-        i_3 = n - 5120
+        i = n - 4096
+        tl.store(out1_ptr + t.to(tl.int64) * 1024 + i, y0 * rsqrt, mask=inside_2 & t_mask)
+    if tl.max(n) >= 5120:
+        inside_3 = n >= 5120
+        i_2 = n - 5120
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
-        tl.store(v_cache_ptr + slot * 1024 + i_3, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
+        tl.store(v_cache_ptr + slot * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def q_k_v_proj_stats(x_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+    # qwen3.fuse:31   q = rope[K](q_norm(q_proj(x)), pos, freqs)
+    # qwen3.fuse:32   k = rope[K](k_norm(k_proj(x)), pos, freqs)
+    # qwen3.fuse:33   v = v_proj(x)
+    # qwen3.fuse:34   o_proj(attend[K, scale=scale](q, cache(k), cache(v), pos))
+    # qwen3.fuse:49   h = x + self_attn(input_layernorm(x), pos)
+    K: tl.constexpr = 4096
+    if PDL:
+        gdc_launch_dependents()
+    t = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    if PDL:
+        gdc_wait()
+    mean_k = tl.full([BLOCK_M, BLOCK_K], 0.0, tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        x = tl.load(x_ptr + t * 4096 + k, mask=t_mask, other=0).to(tl.float32)
+        mean_k = mean_k + (x * x)
+    mean = tl.sum(mean_k, 1)[:, None] / 4096
+    tl.store(stats_ptr + t, mean, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def q_k_v_proj_epilogue(out0_ptr, out1_ptr, v_cache_ptr, slots_ptr, product_ptr, stats_ptr, T, BLOCK_M: tl.constexpr,
+                        BLOCK_N: tl.constexpr, PDL: tl.constexpr):
+    # qwen3.fuse:31   q = rope[K](q_norm(q_proj(x)), pos, freqs)
+    # qwen3.fuse:32   k = rope[K](k_norm(k_proj(x)), pos, freqs)
+    # qwen3.fuse:33   v = v_proj(x)
+    # qwen3.fuse:34   o_proj(attend[K, scale=scale](q, cache(k), cache(v), pos))
+    # qwen3.fuse:49   h = x + self_attn(input_layernorm(x), pos)
+    ROWS: tl.constexpr = 6144
+    LEAVES: tl.constexpr = 1
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    mean = tl.load(stats_ptr + t, mask=t_mask, other=0)
+    v = mean + 1e-06
+    rsqrt = tl.rsqrt(v)
+    if tl.min(n) < 4096:
+        inside = n < 4096
+        tl.store(out0_ptr + t.to(tl.int64) * 4096 + n, y0 * rsqrt, mask=inside & t_mask)
+    if (tl.max(n) >= 4096) & (tl.min(n) < 5120):
+        inside_2 = (n >= 4096) & (n < 5120)
+        i = n - 4096
+        tl.store(out1_ptr + t.to(tl.int64) * 1024 + i, y0 * rsqrt, mask=inside_2 & t_mask)
+    if tl.max(n) >= 5120:
+        inside_3 = n >= 5120
+        i_2 = n - 5120
+        slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
+        tl.store(v_cache_ptr + slot * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -262,8 +323,8 @@ def self_attn(x_ptr, q_norm_ptr, cos_ptr, q_norm_2_ptr, sin_ptr, out_ptr, x_2_pt
         sin_2 = tl.load(sin_ptr + t * 64 + j_3, mask=m_mask, other=0).to(tl.float32)
         slot = tl.load(slots_ptr + t, mask=m_mask, other=-1)
         tl.store(k_cache_ptr + slot * 1024 + i * 128 + j_3, (v_3 * cos_2) - (v_4 * sin_2), mask=m_mask & (slot >= 0))
-        tl.store(k_cache_ptr + slot * 1024 + i * 128 + j_3 + 64, (v_4 * cos_2) + (v_3 * sin_2), mask=m_mask & (slot >=
-                0))
+        tl.store(k_cache_ptr + slot * 1024 + i * 128 + j_3 + 64, (v_4 * cos_2) + (v_3 * sin_2),
+                mask=m_mask & (slot >= 0))
 
 
 @triton.jit
@@ -359,9 +420,9 @@ def attention_decode(
         heads = (row * SPLITS + i)[None, :] * R + h[:, None]
         there = (i < used)[None, :] & (h < R)[:, None]
         logs = tl.load(lse + heads, mask=there, other=NEVER, cache_modifier=".cg")
-        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :], mask=there[:, :, None] & (dj < J)[None,
-                None, :],
-                          other=0.0, cache_modifier=".cg")
+        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :],
+        mask=there[:, :, None] & (dj < J)[None, None, :],
+                       other=0.0, cache_modifier=".cg")
         higher = tl.maximum(top, tl.max(logs, 1))
         weight = tl.exp2(logs - higher[:, None])
         fade = tl.exp2(top - higher)
@@ -565,9 +626,8 @@ def o_proj_matmul(o_proj_ptr, attended_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.const
 
 
 @triton.jit
-def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES:
-        tl.constexpr,
-                      PDL: tl.constexpr):
+def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      STAGES: tl.constexpr, PDL: tl.constexpr):
     # qwen3.fuse:41   down_proj(silu(gate_proj(x)) * up_proj(x))
     # qwen3.fuse:50   h + mlp(post_attention_layernorm(h))
     ROWS: tl.constexpr = 12288
@@ -703,6 +763,52 @@ def gate_up_proj_matmul(gate_up_proj_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constex
         y1 = tl.dot(a, w1, y1)
         mean_k = mean_k + (x * x)
     mean = tl.sum(mean_k, 1)[:, None] / 4096
+    v = mean + 1e-06
+    rsqrt = tl.rsqrt(v)
+    v_2 = y0 * rsqrt
+    tl.store(out_ptr + t.to(tl.int64) * 12288 + n, (v_2 * (1 / (1 + tl.exp(-v_2)))) * (y1 * rsqrt), mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gate_up_proj_stats(x_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
+    # qwen3.fuse:41   down_proj(silu(gate_proj(x)) * up_proj(x))
+    # qwen3.fuse:50   h + mlp(post_attention_layernorm(h))
+    K: tl.constexpr = 4096
+    if PDL:
+        gdc_launch_dependents()
+    t = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    if PDL:
+        gdc_wait()
+    mean_k = tl.full([BLOCK_M, BLOCK_K], 0.0, tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        x = tl.load(x_ptr + t * 4096 + k, mask=t_mask, other=0).to(tl.float32)
+        mean_k = mean_k + (x * x)
+    mean = tl.sum(mean_k, 1)[:, None] / 4096
+    tl.store(stats_ptr + t, mean, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gate_up_proj_epilogue(out_ptr, product_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                          PDL: tl.constexpr):
+    # qwen3.fuse:41   down_proj(silu(gate_proj(x)) * up_proj(x))
+    # qwen3.fuse:50   h + mlp(post_attention_layernorm(h))
+    ROWS: tl.constexpr = 12288
+    LEAVES: tl.constexpr = 2
+    BLOCKS_N: tl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    if PDL:
+        gdc_launch_dependents()
+    tile = tl.program_id(0)
+    t = (tile // BLOCKS_N * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    t_mask = t < T
+    n = (tile % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if PDL:
+        gdc_wait()
+    cell = product_ptr + t.to(tl.int64) * (LEAVES * ROWS) + n
+    y0 = tl.load(cell, mask=t_mask, other=0).to(tl.float32)
+    y1 = tl.load(cell + ROWS, mask=t_mask, other=0).to(tl.float32)
+    mean = tl.load(stats_ptr + t, mask=t_mask, other=0)
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
     v_2 = y0 * rsqrt

@@ -19,7 +19,7 @@ def embed_tokens(T, ids, embed_tokens, out):
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
 
 
-def q_k_v_proj(T, q_k_v_proj, x, out0, out1, v_cache, slots, partial, arrivals):
+def q_k_v_proj(m, T, q_k_v_proj, x, out0, out1, v_cache, slots, partial, arrivals):
     if T == 1:
         kernels.q_k_v_proj_gemv[(triton.cdiv(6144, 4),)](
             q_k_v_proj, x, out0, out1, v_cache, slots,
@@ -36,10 +36,20 @@ def q_k_v_proj(T, q_k_v_proj, x, out0, out1, v_cache, slots, partial, arrivals):
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(6144, 32), 1)](
             q_k_v_proj, x, out0, out1, v_cache, slots, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.q_k_v_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(6144, 128),)](
             q_k_v_proj, x, out0, out1, v_cache, slots, T,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 6144)
+        torch.mm(x[:T], q_k_v_proj.view(6144, 4096).t(), out=product)
+        stats = m.stats(T, 1)
+        kernels.q_k_v_proj_stats[(triton.cdiv(T, 4),)](
+            x, stats, T,
+            BLOCK_M=4, BLOCK_K=1024, PDL=PDL, num_warps=4, launch_pdl=PDL)
+        kernels.q_k_v_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(6144, 256),)](
+            out0, out1, v_cache, slots, product, stats, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def positions(T, pos, table, out0, out1):
@@ -58,23 +68,22 @@ def attention(m, b, q, k_cache, v_cache, out):
     sequences = b.context_lens.shape[0]
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=8, R=4, K=128, J=128, page=m.block_size, itemsize=2, pdl=PDL)
-        kernels.attention_decode[launch.grid](q, k_cache, v_cache, b.block_tables, b.context_lens, out,
-                *m.scratch(launch), 4096,
+        kernels.attention_decode[launch.grid](
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 4096,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:
         launch = prefill_launch(sequences, b.max_query, G=8, R=4, K=128, J=128, page=m.block_size, itemsize=2, pdl=PDL)
-        kernels.attention_prefill[launch.grid](q, k_cache, v_cache, b.block_tables, b.query_starts, b.context_lens, out,
-                4096,
-            b.block_tables.stride(0),
+        kernels.attention_prefill[launch.grid](
+            q, k_cache, v_cache, b.block_tables, b.query_starts, b.context_lens, out, 4096, b.block_tables.stride(0),
             **launch.constants, **launch.options)
 
 
-def o_proj(T, o_proj, attended, x, out, partial, arrivals):
+def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
     if T == 1:
-        kernels.o_proj_gemv[(triton.cdiv(4096, 4),)](
+        kernels.o_proj_gemv[(triton.cdiv(4096, 8),)](
             o_proj, attended, x, out,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=3, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=8, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, x, out, partial, arrivals, T,
@@ -91,13 +100,15 @@ def o_proj(T, o_proj, attended, x, out, partial, arrivals):
         kernels.o_proj_skinny[(triton.cdiv(T, 128) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, x, out, partial, arrivals, T,
             BLOCK_M=128, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2, PDL=PDL, num_warps=8, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.o_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(4096, 256),)](
             o_proj, attended, x, out, T,
             BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        torch.addmm(x[:T], attended[:T], o_proj.view(4096, 4096).t(), out=out[:T])
 
 
-def gate_up_proj(T, gate_up_proj, x, out, partial, arrivals):
+def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(12288, 2),)](
             gate_up_proj, x, out,
@@ -114,13 +125,23 @@ def gate_up_proj(T, gate_up_proj, x, out, partial, arrivals):
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(12288, 16), 1)](
             gate_up_proj, x, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.gate_up_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(12288, 64),)](
             gate_up_proj, x, out, T,
             BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        product = m.product(T, 24576)
+        torch.mm(x[:T], gate_up_proj.view(24576, 4096).t(), out=product)
+        stats = m.stats(T, 1)
+        kernels.gate_up_proj_stats[(triton.cdiv(T, 4),)](
+            x, stats, T,
+            BLOCK_M=4, BLOCK_K=1024, PDL=PDL, num_warps=4, launch_pdl=PDL)
+        kernels.gate_up_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(12288, 256),)](
+            out, product, stats, T,
+            BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def down_proj(T, down_proj, x, x_2, out, partial, arrivals):
+def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
     if T == 1:
         kernels.down_proj_gemv[(triton.cdiv(4096, 4),)](
             down_proj, x, x_2, out,
@@ -137,10 +158,12 @@ def down_proj(T, down_proj, x, x_2, out, partial, arrivals):
         kernels.down_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(4096, 32), 2)](
             down_proj, x, x_2, out, partial, arrivals, T,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
-    else:
+    elif T <= 256:
         kernels.down_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(4096, 128),)](
             down_proj, x, x_2, out, T,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    else:
+        torch.addmm(x_2[:T], x[:T], down_proj.view(4096, 12288).t(), out=out[:T])
 
 
 def lm_head(N, lm_head, rows, x, out, partial, arrivals):
@@ -172,24 +195,24 @@ def step(m, b):
     T, N = b.ids.shape[0], b.rows.shape[0]
     logits = torch.empty((N, 151936), dtype=torch.float32, device=b.ids.device)
     embed_tokens(T, b.ids, w["model.embed_tokens"], m.x)
-    q_k_v_proj(T, w["model.layers.0.q_k_v_proj"], m.x, m.x_2, m.x_3, c["model.layers.0.self_attn.v"], b.slots,
+    q_k_v_proj(m, T, w["model.layers.0.q_k_v_proj"], m.x, m.x_2, m.x_3, c["model.layers.0.self_attn.v"], b.slots,
             m.partial, m.arrivals)
     positions(T, b.positions, w["constants.table"], m.cos, m.sin)
     self_attn(T, m.x_2, w["model.layers.0.self_attn.q_norm"], m.cos, w["model.layers.0.self_attn.q_norm_2"], m.sin,
             m.x_4, m.x_3, w["model.layers.0.self_attn.k_norm"], w["model.layers.0.self_attn.k_norm_2"],
             c["model.layers.0.self_attn.k"], b.slots)
     attention(m, b, m.x_4, c["model.layers.0.self_attn.k"], c["model.layers.0.self_attn.v"], m.x_2)
-    o_proj(T, w["model.layers.0.self_attn.o_proj"], m.x_2, m.x, m.x_4, m.partial, m.arrivals)
-    gate_up_proj(T, w["model.layers.0.gate_up_proj"], m.x_4, m.x_5, m.partial, m.arrivals)
-    down_proj(T, w["model.layers.0.mlp.down_proj"], m.x_5, m.x_4, m.x, m.partial, m.arrivals)
-    q_k_v_proj(T, w["model.layers.1.q_k_v_proj"], m.x, m.x_2, m.x_3, c["model.layers.1.self_attn.v"], b.slots,
+    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.x_2, m.x, m.x_4, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.0.gate_up_proj"], m.x_4, m.x_5, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_5, m.x_4, m.x, m.partial, m.arrivals)
+    q_k_v_proj(m, T, w["model.layers.1.q_k_v_proj"], m.x, m.x_2, m.x_3, c["model.layers.1.self_attn.v"], b.slots,
             m.partial, m.arrivals)
     self_attn(T, m.x_2, w["model.layers.1.self_attn.q_norm"], m.cos, w["model.layers.1.self_attn.q_norm_2"], m.sin,
             m.x_4, m.x_3, w["model.layers.1.self_attn.k_norm"], w["model.layers.1.self_attn.k_norm_2"],
             c["model.layers.1.self_attn.k"], b.slots)
     attention(m, b, m.x_4, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.x_2)
-    o_proj(T, w["model.layers.1.self_attn.o_proj"], m.x_2, m.x, m.x_6, m.partial, m.arrivals)
-    gate_up_proj(T, w["model.layers.1.gate_up_proj"], m.x_6, m.x_7, m.partial, m.arrivals)
-    down_proj(T, w["model.layers.1.mlp.down_proj"], m.x_7, m.x_6, m.x, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.x_2, m.x, m.x_6, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_6, m.x_7, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_7, m.x_6, m.x, m.partial, m.arrivals)
     lm_head(N, w["lm_head"], b.rows, m.x, logits, m.partial, m.arrivals)
     return logits
