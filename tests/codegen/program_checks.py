@@ -45,22 +45,22 @@ def make_batch(starts, counts, block_size, blocks_per_sequence, vocab, generator
     order = (
         torch.randperm(len(starts) * blocks_per_sequence, generator=torch.Generator().manual_seed(1)).view(len(starts), -1).int()
     )
-    positions = torch.cat([torch.arange(s, s + c) for s, c in zip(starts, counts)]).int()
+    positions = torch.cat([torch.arange(s, s + c) for s, c in zip(starts, counts, strict=True)]).int()
     owner = torch.repeat_interleave(torch.arange(len(starts)), torch.tensor(counts))
     slots = order[owner, positions.long() // block_size].long() * block_size + positions % block_size
     ends = torch.tensor([0, *counts]).cumsum(0).int()
-    tokens = torch.cat([ids[b][s : s + c] for b, (s, c) in enumerate(zip(starts, counts))]).int()
+    tokens = torch.cat([ids[b][s : s + c] for b, (s, c) in enumerate(zip(starts, counts, strict=True))]).int()
     to = lambda t: t.to(device)  # noqa: E731
     return Batch(
         ids=to(tokens),
         positions=to(positions),
         slots=to(slots),
         query_starts=to(ends),
-        context_lens=to(torch.tensor([s + c for s, c in zip(starts, counts)]).int()),
+        context_lens=to(torch.tensor([s + c for s, c in zip(starts, counts, strict=True)]).int()),
         block_tables=to(order),
         rows=to(torch.arange(len(tokens)).int()),
         max_query=max(counts),
-        max_context=max(64, *(s + c for s, c in zip(starts, counts))),
+        max_context=max(64, *(s + c for s, c in zip(starts, counts, strict=True))),
     )
 
 
@@ -98,9 +98,9 @@ def check(
             batch.slots = (order[0, starts[0] // block_size].long() * block_size + starts[0] % block_size).view(1).to(device)
         ours.append(program.forward(batch).double().cpu())
         theirs.append(plain.forward(batch).double().cpu())
-        reference.append(torch.cat([truth[b][s : s + c] for b, (s, c) in enumerate(zip(starts, counts))]))
+        reference.append(torch.cat([truth[b][s : s + c] for b, (s, c) in enumerate(zip(starts, counts, strict=True))]))
     error = lambda parts: float((torch.cat(parts) - torch.cat(reference)).norm() / torch.cat(reference).norm())  # noqa: E731
-    worst = max(float((a - r).norm() / r.norm()) for a, r in zip(ours, reference))
+    worst = max(float((a - r).norm() / r.norm()) for a, r in zip(ours, reference, strict=True))
     return Report(error(ours), error(theirs), worst)
 
 
