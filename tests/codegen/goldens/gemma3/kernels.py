@@ -34,7 +34,6 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, constant_ptr, out0_ptr, out1_ptr, v_c
     # gemma3.fuse:40   v = v_proj(x)
     # gemma3.fuse:41   o_proj(attend[K, mask=window[W] if local else causal, scale=scale](q, cache(k), cache(v), pos))
     # gemma3.fuse:68   x = layers(x * (sqrt(D) as x), pos)
-    ROWS: tl.constexpr = 1536
     K: tl.constexpr = 1152
     if PDL:
         gdc_launch_dependents()
@@ -124,19 +123,18 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, constant_ptr, out0_ptr, out1_ptr, v
     mean = tl.sum(mean_k, 0)[None, :]
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
+        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
-        tl.store(sums + (0 * SPLITS + split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        tl.store(sums + (split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         mean = tl.full([1, BLOCK_M], 0.0, tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
-            mean_part = tl.load(sums + (0 * SPLITS + part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :],
-                    cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+            mean_part = tl.load(sums + (part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], cache_modifier=".cg")
             mean = mean + mean_part
         tl.store(arrivals_ptr + tile, 0)
     mean = mean / 1152
@@ -557,7 +555,6 @@ def attention_prefill(
 def o_proj_gemv(o_proj_ptr, attended_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
                 PDL: tl.constexpr):
     # gemma3.fuse:41   o_proj(attend[K, mask=window[W] if local else causal, scale=scale](q, cache(k), cache(v), pos))
-    ROWS: tl.constexpr = 1152
     K: tl.constexpr = 1024
     if PDL:
         gdc_launch_dependents()
@@ -611,15 +608,14 @@ def o_proj_skinny(o_proj_ptr, attended_ptr, out_ptr, partial_ptr, arrivals_ptr, 
         y0 = tl.dot(w0, a, y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     tl.store(out_ptr + t.to(tl.int64) * 1152 + n, y0, mask=t_mask)
 
@@ -772,9 +768,8 @@ def gate_up_proj_skinny(gate_up_proj_ptr, x_ptr, rsqrt_ptr, out_ptr, partial_ptr
         y1 = tl.dot(w1, a, y1)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.store(partial_ptr + (split * LEAVES + 1) * ROWS * tokens + cell, y1)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
@@ -782,7 +777,7 @@ def gate_up_proj_skinny(gate_up_proj_ptr, x_ptr, rsqrt_ptr, out_ptr, partial_ptr
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         y1 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
             y1 += tl.load(partial_ptr + (part * LEAVES + 1) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     rsqrt = tl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(tl.float32)
@@ -855,7 +850,6 @@ def gate_up_proj_epilogue(rsqrt_ptr, out_ptr, product_ptr, T, BLOCK_M: tl.conste
 def down_proj_gemv(down_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
                    PDL: tl.constexpr):
     # gemma3.fuse:48   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
-    ROWS: tl.constexpr = 1152
     K: tl.constexpr = 6912
     if PDL:
         gdc_launch_dependents()
@@ -913,15 +907,14 @@ def down_proj_skinny(down_proj_ptr, x_ptr, out_ptr, partial_ptr, arrivals_ptr, T
         y0 = tl.dot(w0, a, y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     tl.store(out_ptr + t.to(tl.int64) * 1152 + n, y0, mask=t_mask)
 
@@ -1006,7 +999,6 @@ def q_k_v_proj_2_gemv(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, out0_ptr, out1_ptr, v_ca
     # gemma3.fuse:39   k = rope[K](k_norm(k_proj(x)), pos, near if local else whole)
     # gemma3.fuse:40   v = v_proj(x)
     # gemma3.fuse:41   o_proj(attend[K, mask=window[W] if local else causal, scale=scale](q, cache(k), cache(v), pos))
-    ROWS: tl.constexpr = 1536
     K: tl.constexpr = 1152
     if PDL:
         gdc_launch_dependents()
@@ -1077,15 +1069,14 @@ def q_k_v_proj_2_skinny(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, out0_ptr, out1_ptr, v_
         y0 = tl.dot(w0, a, y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     rsqrt = tl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(tl.float32)
     if tl.min(n) < 1024:
@@ -1235,7 +1226,6 @@ def embed_tokens_2_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BL
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:59   h + post_feedforward_layernorm(mlp(pre_feedforward_layernorm(h)))
     # gemma3.fuse:69   lm_head(norm(x))
-    ROWS: tl.constexpr = 262144
     K: tl.constexpr = 1152
     if PDL:
         gdc_launch_dependents()
@@ -1318,19 +1308,18 @@ def embed_tokens_2_skinny(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, 
     mean = tl.sum(mean_k, 0)[None, :]
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
+        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
-        tl.store(sums + (0 * SPLITS + split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        tl.store(sums + (split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         mean = tl.full([1, BLOCK_M], 0.0, tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
-            mean_part = tl.load(sums + (0 * SPLITS + part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :],
-                    cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+            mean_part = tl.load(sums + (part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], cache_modifier=".cg")
             mean = mean + mean_part
         tl.store(arrivals_ptr + tile, 0)
     mean = mean / 1152

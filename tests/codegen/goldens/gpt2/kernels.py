@@ -33,7 +33,6 @@ def c_attn_gemv(c_attn_ptr, x_ptr, ln_1_ptr, ln_1_bias_ptr, c_attn_bias_ptr, out
     # gpt2.fuse:21   q, k, v = c_attn(x)
     # gpt2.fuse:22   c_proj(attend[K](q, cache(k), cache(v), pos))
     # gpt2.fuse:36   h = x + attn(ln_1(x), pos)
-    ROWS: tl.constexpr = 2304
     K: tl.constexpr = 768
     if PDL:
         gdc_launch_dependents()
@@ -150,15 +149,14 @@ def c_attn_skinny(c_attn_ptr, x_ptr, ln_1_ptr, ln_1_bias_ptr, c_attn_bias_ptr, o
         y0 = tl.dot(w0, x_4.to(tl.bfloat16), y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     if tl.min(n) < 768:
         inside = n < 768
@@ -439,7 +437,6 @@ def c_proj_gemv(c_proj_ptr, attended_ptr, x_ptr, c_proj_bias_ptr, out_ptr, BLOCK
                 STAGES: tl.constexpr, PDL: tl.constexpr):
     # gpt2.fuse:22   c_proj(attend[K](q, cache(k), cache(v), pos))
     # gpt2.fuse:36   h = x + attn(ln_1(x), pos)
-    ROWS: tl.constexpr = 768
     K: tl.constexpr = 768
     if PDL:
         gdc_launch_dependents()
@@ -498,15 +495,14 @@ def c_proj_skinny(c_proj_ptr, attended_ptr, x_ptr, c_proj_bias_ptr, out_ptr, par
         y0 = tl.dot(w0, a, y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     x = tl.load(x_ptr + t * 768 + n, mask=t_mask, other=0).to(tl.float32)
     c_proj_bias = tl.load(c_proj_bias_ptr + n).to(tl.float32)
@@ -573,7 +569,6 @@ def c_fc_gemv(c_fc_ptr, x_ptr, ln_2_ptr, ln_2_bias_ptr, c_fc_bias_ptr, out_ptr, 
               BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # gpt2.fuse:28   c_proj(gelu_tanh(c_fc(x)))
     # gpt2.fuse:37   h + mlp(ln_2(h))
-    ROWS: tl.constexpr = 3072
     K: tl.constexpr = 768
     if PDL:
         gdc_launch_dependents()
@@ -680,15 +675,14 @@ def c_fc_skinny(c_fc_ptr, x_ptr, ln_2_ptr, ln_2_bias_ptr, c_fc_bias_ptr, out_ptr
         y0 = tl.dot(w0, x_4.to(tl.bfloat16), y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     c_fc_bias = tl.load(c_fc_bias_ptr + n).to(tl.float32)
     v_4 = y0 + c_fc_bias
@@ -751,7 +745,6 @@ def c_proj_2_gemv(c_proj_ptr, x_ptr, x_2_ptr, c_proj_bias_ptr, out_ptr, BLOCK_N:
                   STAGES: tl.constexpr, PDL: tl.constexpr):
     # gpt2.fuse:28   c_proj(gelu_tanh(c_fc(x)))
     # gpt2.fuse:37   h + mlp(ln_2(h))
-    ROWS: tl.constexpr = 768
     K: tl.constexpr = 3072
     if PDL:
         gdc_launch_dependents()
@@ -808,15 +801,14 @@ def c_proj_2_skinny(c_proj_ptr, x_ptr, x_2_ptr, c_proj_bias_ptr, out_ptr, partia
         y0 = tl.dot(w0, a, y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     x_2 = tl.load(x_2_ptr + t * 768 + n, mask=t_mask, other=0).to(tl.float32)
     c_proj_bias = tl.load(c_proj_bias_ptr + n).to(tl.float32)
@@ -997,15 +989,14 @@ def wte_skinny(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, out_ptr, parti
         y0 = tl.dot(w0, x_4.to(tl.bfloat16), y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0, mask=n_mask)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0, mask=n_mask)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, mask=n_mask, other=0,
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, mask=n_mask, other=0,
                     cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     tl.store(out_ptr + t.to(tl.int64) * 50257 + n, y0, mask=n_mask & t_mask)

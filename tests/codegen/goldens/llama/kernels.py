@@ -149,11 +149,11 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_
     mean = tl.sum(mean_k, 0)[None, :]
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
+        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.store(partial_ptr + (split * LEAVES + 1) * ROWS * tokens + cell, y1)
-        tl.store(sums + (0 * SPLITS + split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
+        tl.store(sums + (split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
@@ -161,10 +161,9 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_
         y1 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         mean = tl.full([1, BLOCK_M], 0.0, tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
             y1 += tl.load(partial_ptr + (part * LEAVES + 1) * ROWS * tokens + cell, cache_modifier=".cg")
-            mean_part = tl.load(sums + (0 * SPLITS + part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :],
-                    cache_modifier=".cg")
+            mean_part = tl.load(sums + (part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], cache_modifier=".cg")
             mean = mean + mean_part
         tl.store(arrivals_ptr + tile, 0)
     mean = mean / 4096
@@ -563,7 +562,6 @@ def o_proj_gemv(o_proj_ptr, attended_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr,
                 STAGES: tl.constexpr, PDL: tl.constexpr):
     # llama.fuse:30   o_proj(attend[K](q, cache(k), cache(v), pos))
     # llama.fuse:45   h = x + self_attn(input_layernorm(x), pos)
-    ROWS: tl.constexpr = 4096
     K: tl.constexpr = 4096
     if PDL:
         gdc_launch_dependents()
@@ -619,15 +617,14 @@ def o_proj_skinny(o_proj_ptr, attended_ptr, x_ptr, out_ptr, partial_ptr, arrival
         y0 = tl.dot(w0, a, y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     x = tl.load(x_ptr + t * 4096 + n, mask=t_mask, other=0).to(tl.float32)
     tl.store(out_ptr + t.to(tl.int64) * 4096 + n, x + y0, mask=t_mask)
@@ -743,11 +740,11 @@ def gate_up_proj_skinny(gate_up_proj_ptr, x_ptr, out_ptr, partial_ptr, arrivals_
     mean = tl.sum(mean_k, 0)[None, :]
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
+        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.store(partial_ptr + (split * LEAVES + 1) * ROWS * tokens + cell, y1)
-        tl.store(sums + (0 * SPLITS + split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
+        tl.store(sums + (split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
@@ -755,10 +752,9 @@ def gate_up_proj_skinny(gate_up_proj_ptr, x_ptr, out_ptr, partial_ptr, arrivals_
         y1 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         mean = tl.full([1, BLOCK_M], 0.0, tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
             y1 += tl.load(partial_ptr + (part * LEAVES + 1) * ROWS * tokens + cell, cache_modifier=".cg")
-            mean_part = tl.load(sums + (0 * SPLITS + part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :],
-                    cache_modifier=".cg")
+            mean_part = tl.load(sums + (part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], cache_modifier=".cg")
             mean = mean + mean_part
         tl.store(arrivals_ptr + tile, 0)
     mean = mean / 4096
@@ -858,7 +854,6 @@ def down_proj_gemv(down_proj_ptr, x_ptr, x_2_ptr, out_ptr, BLOCK_N: tl.constexpr
                    STAGES: tl.constexpr, PDL: tl.constexpr):
     # llama.fuse:37   down_proj(silu(gate_proj(x)) * up_proj(x))
     # llama.fuse:46   h + mlp(post_attention_layernorm(h))
-    ROWS: tl.constexpr = 4096
     K: tl.constexpr = 14336
     if PDL:
         gdc_launch_dependents()
@@ -914,15 +909,14 @@ def down_proj_skinny(down_proj_ptr, x_ptr, x_2_ptr, out_ptr, partial_ptr, arriva
         y0 = tl.dot(w0, a, y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     x_2 = tl.load(x_2_ptr + t * 4096 + n, mask=t_mask, other=0).to(tl.float32)
     tl.store(out_ptr + t.to(tl.int64) * 4096 + n, x_2 + y0, mask=t_mask)
@@ -963,7 +957,6 @@ def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, B
                  STAGES: tl.constexpr, PDL: tl.constexpr):
     # llama.fuse:46   h + mlp(post_attention_layernorm(h))
     # llama.fuse:56   lm_head(norm(x))
-    ROWS: tl.constexpr = 128256
     K: tl.constexpr = 4096
     if PDL:
         gdc_launch_dependents()
@@ -1034,19 +1027,18 @@ def lm_head_skinny(lm_head_ptr, rows_ptr, x_ptr, out_ptr, partial_ptr, arrivals_
     mean = tl.sum(mean_k, 0)[None, :]
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
+        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
-        tl.store(sums + (0 * SPLITS + split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        tl.store(sums + (split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         mean = tl.full([1, BLOCK_M], 0.0, tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
-            mean_part = tl.load(sums + (0 * SPLITS + part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :],
-                    cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+            mean_part = tl.load(sums + (part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], cache_modifier=".cg")
             mean = mean + mean_part
         tl.store(arrivals_ptr + tile, 0)
     mean = mean / 4096

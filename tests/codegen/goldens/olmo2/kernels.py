@@ -30,7 +30,6 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, out0_ptr, out1_ptr, v_cache_ptr, slot
     # olmo2.fuse:33   k = rope[K](k_norm(k_proj(x)), pos, freqs)
     # olmo2.fuse:34   v = v_proj(x)
     # olmo2.fuse:35   o_proj(attend[K](q, cache(k), cache(v), pos))
-    ROWS: tl.constexpr = 12288
     K: tl.constexpr = 4096
     if PDL:
         gdc_launch_dependents()
@@ -95,15 +94,14 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, out0_ptr, out1_ptr, v_cache_ptr, sl
         y0 = tl.dot(w0, a, y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     if tl.min(n) < 4096:
         inside = n < 4096
@@ -464,7 +462,6 @@ def attention_prefill(
 def o_proj_gemv(o_proj_ptr, attended_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
                 PDL: tl.constexpr):
     # olmo2.fuse:35   o_proj(attend[K](q, cache(k), cache(v), pos))
-    ROWS: tl.constexpr = 4096
     K: tl.constexpr = 4096
     if PDL:
         gdc_launch_dependents()
@@ -518,15 +515,14 @@ def o_proj_skinny(o_proj_ptr, attended_ptr, out_ptr, partial_ptr, arrivals_ptr, 
         y0 = tl.dot(w0, a, y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     tl.store(out_ptr + t.to(tl.int64) * 4096 + n, y0, mask=t_mask)
 
@@ -664,9 +660,8 @@ def gate_up_proj_skinny(gate_up_proj_ptr, x_ptr, out_ptr, partial_ptr, arrivals_
         y1 = tl.dot(w1, a, y1)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.store(partial_ptr + (split * LEAVES + 1) * ROWS * tokens + cell, y1)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
@@ -674,7 +669,7 @@ def gate_up_proj_skinny(gate_up_proj_ptr, x_ptr, out_ptr, partial_ptr, arrivals_
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         y1 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
             y1 += tl.load(partial_ptr + (part * LEAVES + 1) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     tl.store(out_ptr + t.to(tl.int64) * 11008 + n, (y0 * (1 / (1 + tl.exp(-y0)))) * y1, mask=t_mask)
@@ -735,7 +730,6 @@ def gate_up_proj_epilogue(out_ptr, product_ptr, T, BLOCK_M: tl.constexpr, BLOCK_
 def down_proj_gemv(down_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
                    PDL: tl.constexpr):
     # olmo2.fuse:42   down_proj(silu(gate_proj(x)) * up_proj(x))
-    ROWS: tl.constexpr = 4096
     K: tl.constexpr = 11008
     if PDL:
         gdc_launch_dependents()
@@ -791,15 +785,14 @@ def down_proj_skinny(down_proj_ptr, x_ptr, out_ptr, partial_ptr, arrivals_ptr, T
         y0 = tl.dot(w0, a, y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     tl.store(out_ptr + t.to(tl.int64) * 4096 + n, y0, mask=t_mask)
 
@@ -877,7 +870,6 @@ def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, B
     # olmo2.fuse:22   f32(weight) * h * rsqrt(mean[I](h^2) + eps) as x
     # olmo2.fuse:51   h + post_feedforward_layernorm(mlp(h))
     # olmo2.fuse:61   lm_head(norm(x))
-    ROWS: tl.constexpr = 100352
     K: tl.constexpr = 4096
     if PDL:
         gdc_launch_dependents()
@@ -950,19 +942,18 @@ def lm_head_skinny(lm_head_ptr, rows_ptr, x_ptr, out_ptr, partial_ptr, arrivals_
     mean = tl.sum(mean_k, 0)[None, :]
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
+        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
-        tl.store(sums + (0 * SPLITS + split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        tl.store(sums + (split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         mean = tl.full([1, BLOCK_M], 0.0, tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
-            mean_part = tl.load(sums + (0 * SPLITS + part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :],
-                    cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+            mean_part = tl.load(sums + (part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], cache_modifier=".cg")
             mean = mean + mean_part
         tl.store(arrivals_ptr + tile, 0)
     mean = mean / 4096

@@ -160,11 +160,11 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, q_proj_bias_ptr, cos_ptr, q_proj_bi
     mean = tl.sum(mean_k, 0)[None, :]
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
+        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.store(partial_ptr + (split * LEAVES + 1) * ROWS * tokens + cell, y1)
-        tl.store(sums + (0 * SPLITS + split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
+        tl.store(sums + (split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
@@ -172,10 +172,9 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, q_proj_bias_ptr, cos_ptr, q_proj_bi
         y1 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         mean = tl.full([1, BLOCK_M], 0.0, tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
             y1 += tl.load(partial_ptr + (part * LEAVES + 1) * ROWS * tokens + cell, cache_modifier=".cg")
-            mean_part = tl.load(sums + (0 * SPLITS + part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :],
-                    cache_modifier=".cg")
+            mean_part = tl.load(sums + (part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], cache_modifier=".cg")
             mean = mean + mean_part
         tl.store(arrivals_ptr + tile, 0)
     mean = mean / 3584
@@ -595,7 +594,6 @@ def o_proj_gemv(o_proj_ptr, attended_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr,
                 STAGES: tl.constexpr, PDL: tl.constexpr):
     # qwen2.fuse:32   o_proj(attend[K, scale=scale](q, cache(k), cache(v), pos))
     # qwen2.fuse:47   h = x + self_attn(input_layernorm(x), pos)
-    ROWS: tl.constexpr = 3584
     K: tl.constexpr = 3584
     if PDL:
         gdc_launch_dependents()
@@ -651,15 +649,14 @@ def o_proj_skinny(o_proj_ptr, attended_ptr, x_ptr, out_ptr, partial_ptr, arrival
         y0 = tl.dot(w0, a, y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     x = tl.load(x_ptr + t * 3584 + n, mask=t_mask, other=0).to(tl.float32)
     tl.store(out_ptr + t.to(tl.int64) * 3584 + n, x + y0, mask=t_mask)
@@ -775,11 +772,11 @@ def gate_up_proj_skinny(gate_up_proj_ptr, x_ptr, out_ptr, partial_ptr, arrivals_
     mean = tl.sum(mean_k, 0)[None, :]
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
+        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.store(partial_ptr + (split * LEAVES + 1) * ROWS * tokens + cell, y1)
-        tl.store(sums + (0 * SPLITS + split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
+        tl.store(sums + (split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
@@ -787,10 +784,9 @@ def gate_up_proj_skinny(gate_up_proj_ptr, x_ptr, out_ptr, partial_ptr, arrivals_
         y1 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         mean = tl.full([1, BLOCK_M], 0.0, tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
             y1 += tl.load(partial_ptr + (part * LEAVES + 1) * ROWS * tokens + cell, cache_modifier=".cg")
-            mean_part = tl.load(sums + (0 * SPLITS + part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :],
-                    cache_modifier=".cg")
+            mean_part = tl.load(sums + (part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], cache_modifier=".cg")
             mean = mean + mean_part
         tl.store(arrivals_ptr + tile, 0)
     mean = mean / 3584
@@ -891,7 +887,6 @@ def down_proj_gemv(down_proj_ptr, x_ptr, x_2_ptr, out_ptr, BLOCK_N: tl.constexpr
                    STAGES: tl.constexpr, PDL: tl.constexpr):
     # qwen2.fuse:39   down_proj(silu(gate_proj(x)) * up_proj(x))
     # qwen2.fuse:48   h + mlp(post_attention_layernorm(h))
-    ROWS: tl.constexpr = 3584
     K: tl.constexpr = 18944
     if PDL:
         gdc_launch_dependents()
@@ -947,15 +942,14 @@ def down_proj_skinny(down_proj_ptr, x_ptr, x_2_ptr, out_ptr, partial_ptr, arriva
         y0 = tl.dot(w0, a, y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
     x_2 = tl.load(x_2_ptr + t * 3584 + n, mask=t_mask, other=0).to(tl.float32)
     tl.store(out_ptr + t.to(tl.int64) * 3584 + n, x_2 + y0, mask=t_mask)
@@ -996,7 +990,6 @@ def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, B
                  STAGES: tl.constexpr, PDL: tl.constexpr):
     # qwen2.fuse:48   h + mlp(post_attention_layernorm(h))
     # qwen2.fuse:58   lm_head(norm(x))
-    ROWS: tl.constexpr = 152064
     K: tl.constexpr = 3584
     if PDL:
         gdc_launch_dependents()
@@ -1067,19 +1060,18 @@ def lm_head_skinny(lm_head_ptr, rows_ptr, x_ptr, out_ptr, partial_ptr, arrivals_
     mean = tl.sum(mean_k, 0)[None, :]
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
-        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (1 * SPLITS * BLOCK_M)
+        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (SPLITS * BLOCK_M)
         cell = t * ROWS + n
-        tl.store(partial_ptr + (split * LEAVES + 0) * ROWS * tokens + cell, y0)
-        tl.store(sums + (0 * SPLITS + split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
+        tl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        tl.store(sums + (split) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], mean)
         tl.debug_barrier()  # every warp's stores come before the one thread's release below
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         mean = tl.full([1, BLOCK_M], 0.0, tl.float32)
         for part in tl.static_range(SPLITS):
-            y0 += tl.load(partial_ptr + (part * LEAVES + 0) * ROWS * tokens + cell, cache_modifier=".cg")
-            mean_part = tl.load(sums + (0 * SPLITS + part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :],
-                    cache_modifier=".cg")
+            y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+            mean_part = tl.load(sums + (part) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], cache_modifier=".cg")
             mean = mean + mean_part
         tl.store(arrivals_ptr + tile, 0)
     mean = mean / 3584
