@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .codegen.launches import check_supported
 from .codegen.module import Module, build
 from .codegen.schedule import DEFAULT
 from .errors import UsageError
@@ -66,6 +67,8 @@ def compile(
     graph = load(source, config)
     seconds = {"language": time.perf_counter() - clock}
     graph = Graph(graph.name, graph.inputs, tuple(widened(o) for o in graph.outputs), graph.attrs | {"dtype": dtype})
+    if backend == "triton":
+        check_supported(graph)
     stages = [("elaborate", graph)] if keep_stages else []
     clock = time.perf_counter()
     for run in PIPELINE if backend == "triton" else TORCH_PIPELINE:

@@ -89,6 +89,7 @@ def test_a_prompt_alone_and_in_a_batch(llm):
 
 def test_answers_are_the_golden_ones(llm, golden):
     """What a user sees, text and all: chat template, greedy decoding, streaming detokenisation."""
-    answers = llm.chat([[{"role": "user", "content": prompt}] for prompt in PROMPTS], SamplingParams(temperature=0, max_tokens=TOKENS))
+    conversations = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    answers = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=TOKENS))
     golden("goldens/smollm2.txt", "".join(f"# {p}\n{a.outputs[0].text}\n[{a.outputs[0].finish_reason}]\n\n"
                                           for p, a in zip(PROMPTS, answers, strict=True)))  # fmt: skip

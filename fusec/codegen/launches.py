@@ -1,0 +1,209 @@
+"""How a kernel is launched: its forms as source, and the body of its launch function, which picks form and tiles by the tokens.
+
+`Launches(...).of(kernel)` gives (sources, lines, params): the kernel's variants, the lines of `def name(params): …` in
+`program.py`, and for each parameter what plays it (see `module.Builder.place`).
+"""
+
+from __future__ import annotations
+
+from ..errors import UserError
+from ..ir.graph import Graph, S, Value
+from ..passes.analysis import statics
+from . import attention as attention_body
+from . import schedule
+from .contraction import Contraction
+from .contraction_kernel import contraction
+from .row_kernel import row_kernel
+from .writer import Source, environment
+
+COUNTS = {"T": "T", "T'": "N"}  # run-time dim -> what generated code calls its size
+
+
+class Launches:
+    """Writes the launches of one program. partial, arrivals: elements of scratch that its split contractions share."""
+
+    def __init__(self, dtype: str, gpu: str, source_lines):
+        self.dtype, self.gpu, self.source_lines = dtype, gpu, source_lines
+        self.itemsize = 4 if dtype == "float32" else 2
+        self.partial = self.arrivals = 1
+
+    def of(self, kernel: Value) -> tuple[list[Source], list[str], list[tuple[str, tuple]]]:
+        """Raises UserError for a body of attention that the template does not implement."""
+        try:
+            return getattr(self, kernel.attrs["kind"])(kernel)
+        except attention_body.Unmatched as problem:
+            raise unsupported(kernel, str(problem)) from None
+
+    def contract(self, kernel):
+        """A launch function that picks the form by the number of tokens: gemv, skinny, matmul, then the vendor's."""
+        parts = Contraction(kernel.attrs["body"])
+        comment = self.source_lines(kernel)
+        shape = (parts.n, parts.k, parts.leaves, self.itemsize, self.gpu)
+        rows = COUNTS[parts.row_dim]
+        vendor = schedule.vendor_from(*shape) if parts.x.op == "input" else None
+        plan = [("gemv", (schedule.gemv(*shape),)), ("skinny", schedule.skinny(*shape)), ("matmul", schedule.matmul(*shape))]
+        sources, lines = [], []
+        for form, tiles in plan:
+            block_n = max((t.block_n for t in tiles), key=lambda size: parts.n % size)
+            block_k = max((t.block_k for t in tiles), key=lambda size: parts.k % size)
+            splits = next((t.splits for t in tiles if form == "skinny" and parts.k % (t.block_k * t.splits)), 1)
+            source = contraction(kernel, f"kernel_{form}", form, comment, self.dtype, block_n, block_k, parts, splits)
+            source.facts["tiles"] = tiles
+            sources.append(source)
+            for t in tiles:
+                limit = 1 if form == "gemv" else t.tokens or vendor
+                test = f"{rows} == 1" if form == "gemv" else f"{rows} <= {limit}"
+                lines.append(f"{'elif' if lines else 'if'} {test}:" if limit else "else:")
+                lines += indent(self.launch(source, parts, rows, t))
+        if vendor:
+            extra, text = self.vendor(kernel, parts, rows, comment)
+            sources += extra
+            lines += ["else:", *indent(text)]
+        params = merge(*(s.roles for s in sources))
+        model = [("m", ("model",))] if vendor else []
+        return sources, lines, [*model, (rows, ("tokens", rows)), *params]
+
+    def launch(self, source: Source, parts: Contraction, rows: str, t) -> list[str]:
+        """One launch of a contraction kernel with tiles `t`."""
+        blocks = f"triton.cdiv({parts.n}, {t.block_n})"
+        constants = {"BLOCK_N": t.block_n, "BLOCK_K": t.block_k, "STAGES": t.stages}
+        if source.form == "gemv":
+            return call(source, f"({blocks},)", None, constants, t.num_warps)
+        constants = {"BLOCK_M": t.block_m} | constants
+        grid = f"(triton.cdiv({rows}, {t.block_m}) * {blocks},)"
+        if source.form == "matmul":
+            return call(source, grid, rows, constants | {"GROUP": t.group}, t.num_warps)
+        if t.splits > 1:
+            tokens = -(-t.tokens // t.block_m) * t.block_m
+            sums = max(1, len(parts.beside)) * tokens * -(-parts.n // t.block_n)
+            self.partial = max(self.partial, t.splits * (parts.leaves * parts.n * tokens + sums))
+            self.arrivals = max(self.arrivals, tokens // t.block_m * -(-parts.n // t.block_n))
+        return call(source, f"{grid[:-2]}, {t.splits})", rows, constants | {"SPLITS": t.splits}, t.num_warps)
+
+    def vendor(self, kernel, parts: Contraction, rows: str, comment) -> tuple[list[Source], list[str]]:
+        """(kernels, lines): the vendor's matmul, and what surrounds it. A sum with one stored value is the matmul's own."""
+        x = parts.x.attrs["name"]
+        matrix = f"{parts.matrix.attrs['name']}.view({parts.leaves * parts.n}, {parts.k}).t()"
+        residual = parts.plain_sum()
+        if residual is not None:
+            return [], [f"torch.addmm({residual}[:{rows}], {x}[:{rows}], {matrix}, out=out[:{rows}])"]
+        lines = [f"product = m.product({rows}, {parts.leaves * parts.n})", f"torch.mm({x}[:{rows}], {matrix}, out=product)"]
+        sources = []
+        if parts.beside:
+            block_k = min(1024, schedule.padded(parts.k))
+            stats = contraction(kernel, "kernel_stats", "stats", comment, self.dtype, 1, block_k, parts)
+            sources.append(stats)
+            lines.append(f"stats = m.stats({rows}, {len(parts.beside)})")
+            lines += call(stats, f"(triton.cdiv({rows}, 4),)", rows, {"BLOCK_M": 4, "BLOCK_K": block_k}, 4)
+        block_n = min(256, schedule.padded(parts.n))
+        tail = contraction(kernel, "kernel_epilogue", "epilogue", comment, self.dtype, block_n, 1, parts)
+        grid = f"(triton.cdiv({rows}, 8) * triton.cdiv({parts.n}, {block_n}),)"
+        lines += call(tail, grid, rows, {"BLOCK_M": 8, "BLOCK_N": block_n}, 4)
+        return [*sources, tail], lines
+
+    def rows(self, kernel):
+        source = row_kernel(kernel, "kernel_rows", self.source_lines(kernel), self.dtype)
+        f = source.facts
+        block_m = max(1, min(16, 1024 // schedule.padded(f["width"])))
+        warps = 8 if f["width"] > 2048 else 4
+        source.facts["tiles"] = {"BLOCK_M": block_m, "num_warps": warps}
+        tokens = COUNTS[f["row_dim"]]
+        blocks = [f"triton.cdiv({tokens}{f' * {n}' if n > 1 else ''}, {block_m})" for n in f["repeats"]]
+        grid = f"({' + '.join(blocks)},)"
+        return (
+            [source],
+            call(source, grid, tokens, {"BLOCK_M": block_m}, warps),
+            [(tokens, ("tokens", tokens)), *merge(source.roles)],
+        )
+
+    def attention(self, kernel):
+        via = kernel.attrs["body"].outputs[0]
+        a = attention_body.match(via.attrs["body"])
+        comment = self.source_lines(kernel)
+        sources = []
+        for form in ("decode", "prefill"):
+            k = {
+                "name": f"kernel_{form}",
+                "comment": comment,
+                "score": a.score,
+                "mask": a.mask,
+                "first": a.first,
+                "causal": a.causal,
+                "dense": a.dense,
+                "extra": a.extra,
+            }
+            text = environment().get_template(f"attention_{form}.py.jinja").render(k=k)
+            sources.append(Source(f"kernel_{form}", form, text, {}, {"attention": a}))
+        sizes = f"G={a.G}, R={a.R}, K={a.K}, J={a.J}, page=m.block_size, itemsize={self.itemsize}, pdl=PDL"
+        stride = a.G * a.R * a.K
+        buffers = {
+            "decode": "b.block_tables, b.context_lens, out, *m.scratch(launch)",
+            "prefill": "b.block_tables, b.query_starts, b.context_lens, out",
+        }
+        lines = ["sequences = b.context_lens.shape[0]", "if b.max_query == 1:"]
+        for form, size in (("decode", "b.max_context"), ("prefill", "b.max_query")):
+            lines += ["else:"] if form == "prefill" else []
+            lines += [
+                f"    launch = {form}_launch(sequences, {size}, {sizes})",
+                f"    kernels.kernel_{form}[launch.grid](",
+                f"        q, k_cache, v_cache, {buffers[form]}, {stride}, b.block_tables.stride(0),",
+                "        **launch.constants, **launch.options)",
+            ]
+        operand = {i: kernel.attrs["body"].inputs.index(operand) for i, operand in enumerate(via.inputs)}
+        params = [
+            ("m", ("model",)),
+            ("b", ("batch",)),
+            ("q", ("input", operand[a.q])),
+            ("k_cache", ("input", operand[a.k])),
+            ("v_cache", ("input", operand[a.v])),
+            ("out", ("output", 0)),
+        ]
+        return sources, lines, params
+
+
+def check_supported(graph: Graph) -> None:
+    """Raises UserError for what no template implements, before anything is fused around it."""
+    static = statics(graph)
+    for value in graph.walk():
+        if value.op == "top":
+            raise unsupported(value, "top: a routed stack")
+        if value.op == "contract" and not static & set(value.inputs):
+            raise unsupported(value, "a contraction of two values that both change with every token")
+        if S in value.dims and value.op != "cache":
+            raise unsupported(value, "work along the history S outside attention (keys or values computed from a cache)")
+
+
+def unsupported(value: Value, found: str) -> UserError:
+    """What no template implements: the program is right, and torch can run it."""
+    origin = value.origin
+    where = f"{origin.file}:{origin.line}" if origin.line else value.op
+    return UserError(
+        f"no kernel template implements {where} efficiently",
+        found=found,
+        expected="row kernels, contractions of activations with weights, and attention over cached keys and values",
+        hint="run it through torch instead: --device cpu",
+    )
+
+
+def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: int) -> list[str]:
+    pointers = ", ".join([*(p.removesuffix("_ptr") for p in source.roles), *([tokens] if tokens else [])])
+    sizes = ", ".join(f"{k}={v}" for k, v in constants.items())
+    return [f"kernels.{source.name}[{grid}](", f"    {pointers},", f"    {sizes}, PDL=PDL, num_warps={warps}, launch_pdl=PDL)"]
+
+
+LOCAL = ("product", "stats")  # scratch that a launch function takes from the model itself
+
+
+def merge(*roles: dict[str, tuple]) -> list[tuple[str, tuple]]:
+    """The parameters of a launch function: each pointer once."""
+    table: dict[str, tuple] = {}
+    for role in roles:
+        for name, what in role.items():
+            if what[0] == "scratch" and what[1] in LOCAL:
+                continue
+            assert table.setdefault(name.removesuffix("_ptr"), what) == what, name
+    return list(table.items())
+
+
+def indent(lines):
+    return ["    " + line for line in lines]
