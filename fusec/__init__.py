@@ -9,6 +9,10 @@ __all__ = ["LLM", "SamplingParams", "compile"]
 _HOME = {"LLM": "fusec.runtime.llm", "SamplingParams": "fusec.runtime.sampling", "compile": "fusec.compiler"}
 
 
+def __dir__():
+    return [*globals(), *__all__]
+
+
 def __getattr__(name):
     if name not in _HOME:
         raise AttributeError(f"module fusec has no attribute {name}")

@@ -112,7 +112,7 @@ def unexpected(error: Exception) -> int:
         tell(paint(f"error: not enough memory on the device\n  found: {first_line(error)}\nhint: {hint}"))
         return 5
     if type(error).__name__ == "VerifyError":
-        tell(str(error))
+        tell(paint(f"error: this is a bug in fusec: a pass broke a rule of the graph\n  found: {error}"))
         return 4
     tell(paint(f"error: this is a bug in fusec: {type(error).__name__}: {first_line(error)}\nhint: FUSEC_DEBUG=1 shows where"))
     return 1

@@ -14,7 +14,7 @@ from pathlib import Path
 from .codegen.launches import check_supported
 from .codegen.module import Module, build
 from .codegen.schedule import DEFAULT
-from .errors import UsageError
+from .errors import UsageError, UserError
 from .ir.graph import Graph, Value
 from .ir.ops import make
 from .language import find_example, load
@@ -65,6 +65,7 @@ def compile(
     if source is None:
         source = find_example((config or {}).get("architectures", ["?"])[0])
     graph = load(source, config)
+    check_sizes(graph)
     seconds = {"language": time.perf_counter() - clock}
     graph = Graph(graph.name, graph.inputs, tuple(widened(o) for o in graph.outputs), graph.attrs | {"dtype": dtype})
     if backend == "triton":
@@ -87,6 +88,14 @@ def compile(
         module = build(graph, dtype=dtype, source_lines=SourceLines(source), title=title, gpu=gpu)
         seconds["codegen"] = time.perf_counter() - clock
     return Compiled(source, config, graph, dtype, module, stages, seconds)
+
+
+def check_sizes(graph: Graph) -> None:
+    """Raises UserError for a size that no tensor can have."""
+    for dim in {d for value in graph.walk() for d in value.dims if d.size is not None}:
+        if dim.size < 1:
+            hint = "see the model's config.json"
+            raise UserError(f"{dim.name} is no size", expected="a positive number", found=str(dim.size), hint=hint)
 
 
 def widened(output: Value) -> Value:

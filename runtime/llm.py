@@ -98,8 +98,9 @@ class LLM:
 
         Raises UserError for a prompt that is empty, longer than the context, or of unknown tokens. Ctrl-C ends all of them.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
+        prompts = [_plain(prompt) for prompt in prompts]
         params = sampling_params if isinstance(sampling_params, list) else [sampling_params] * len(prompts)
         if len(params) != len(prompts):
             expected = f"{len(prompts)}, or one for all"
@@ -232,3 +233,13 @@ class Stream:
 def _check(name, value, holds, expected):
     if not holds:
         raise UsageError(f"{name} is out of range", expected=expected, found=repr(value))
+
+
+def _plain(prompt):
+    """A prompt as text or token ids; vLLM's {"prompt": …} and {"prompt_token_ids": …} are taken apart."""
+    if isinstance(prompt, Mapping):
+        prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    if not isinstance(prompt, str | list):
+        raise UsageError("this is no prompt", expected='text, token ids, {"prompt": …} or {"prompt_token_ids": …}',
+                         found=repr(prompt)[:60], hint="conversations go to llm.chat")  # fmt: skip
+    return prompt

@@ -14,7 +14,7 @@ import torch
 
 from fusec.codegen.schedule import gpu_key
 from fusec.compiler import Compiled, compile
-from fusec.errors import DeviceError, UsageError
+from fusec.errors import DeviceError, UsageError, UserError
 from fusec.runtime.batch import Batch
 
 
@@ -60,6 +60,11 @@ def load_program(
         compiled = compile(source, config, dtype=name, backend="torch")
     if not isinstance(model, dict) and load_format != "random":
         check_coverage(compiled, model)
+    if not cache_sizes(compiled):
+        raise UserError(
+            "the program keeps no history", expected="attention over cache(k) and cache(v)", found="no cache in the program",
+            hint="write attend[K](q, cache(k), cache(v), pos): without it a token sees nothing before this step",
+        )  # fmt: skip
     from fusec.runtime.weights import Loader, RandomWeights
 
     torch_dtype = getattr(torch, name)
@@ -90,7 +95,7 @@ def pick_device(device) -> torch.device:
             f"{chosen} is not there",
             expected="an NVIDIA GPU that torch can use",
             found=found,
-            hint="run on the CPU: --device cpu",
+            hint="fusec run --device cpu answers on the CPU",
         )
     if chosen.type not in ("cpu", "cuda"):
         raise UsageError("unsupported device", expected="cpu or cuda", found=str(device))

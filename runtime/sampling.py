@@ -63,6 +63,8 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
 
     def __post_init__(self):
+        if not isinstance(self.stop, str | list | tuple | None):
+            raise UsageError("stop is not text", expected="a string or a list of strings", found=repr(self.stop))
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         self.stop_token_ids = list(self.stop_token_ids or [])
         self.logit_bias = {int(token): float(bias) for token, bias in (self.logit_bias or {}).items()}

@@ -181,7 +181,7 @@ def unsupported(value: Value, found: str) -> UserError:
         f"no kernel template implements {where} efficiently",
         found=found,
         expected="row kernels, contractions of activations with weights, and attention over cached keys and values",
-        hint="run it through torch instead: --device cpu",
+        hint="fusec run --device cpu runs it through torch",
     )
 
 

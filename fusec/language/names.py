@@ -194,6 +194,10 @@ class _Checker:
                            hint=f"a field is called by the last part of its path: {path.name}")
                 continue
             near = did_you_mean(name.id, known | set(self.top) | self.library)
+            from .library import standard_library  # which parses with what this module checks
+
+            if self.module.library is None and name.id in standard_library().visible():
+                near = "it is in the standard library: add the line  use std"
             self.error("FUS010", f"unknown name {name.id}", name.span, "is declared nowhere",
                        hint=near or "a key of config.json is bound in the config section first")
         return used
