@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ..ir.graph import Graph, Value
 from ..passes.analysis import RUNTIME, cone
-from ..passes.extract import leaf_name, unique
+from ..passes.extract import free, leaf_name, unique
 from . import schedule
 from .launches import COUNTS, Launches
 from .writer import Source, fold, rename
@@ -97,6 +97,7 @@ class Builder:
         self.names_of_weights: dict[str, int] = {}
         self.names_of_buffers: dict[str, int] = {}
         self.places: dict[Value, str] = {}
+        self.results = {(v.inputs[0], v.attrs["index"]): v for v in graph.walk() if v.op == "get"}
 
     def build(self) -> Module:
         for value in self.graph.walk():
@@ -115,7 +116,7 @@ class Builder:
         key = (tuple(s.text for s in sources), tuple(launch), tuple(params), self.result_types(kernel))
         function = self.by_text.get(key)
         if function is None:
-            label = unique(self.names, kernel.attrs["name"])
+            label = unique(self.names, free(kernel.attrs["name"]))
             function = Function(label, [p for p, _ in params], [], [], kernel)
             for source in sources:
                 final = f"{label}_{source.form}" if len(sources) > 1 else label
@@ -144,12 +145,7 @@ class Builder:
         if role[0] in ("model", "batch", "slots"):
             return {"model": "m", "batch": "b", "slots": "b.slots"}[role[0]]
         if role[0] == "output":
-            output = (
-                next(v for v in self.results(kernel) if v.attrs["index"] == role[1])
-                if any(v.attrs["index"] == role[1] for v in self.results(kernel))
-                else None
-            )
-            return self.buffer(output)
+            return self.buffer(self.results[kernel, role[1]])
         value = kernel.inputs[role[1]]
         if value.op == "input":
             return {"ids": "b.ids", "pos": "b.positions", "rows": "b.rows"}[value.attrs["name"]]
@@ -159,14 +155,6 @@ class Builder:
         if role[0] == "weight":
             packing = next(s.facts for s in function.sources if "packing" in s.facts)
         return f'w["{self.weight(value, packing)}"]'
-
-    def results(self, kernel: Value):
-        if not hasattr(self, "_gets"):
-            self._gets = {}
-            for value in self.graph.walk():
-                if value.op == "get":
-                    self._gets.setdefault(value.inputs[0], []).append(value)
-        return self._gets.get(kernel, [])
 
     def buffer(self, value: Value) -> str:
         if value in self.places:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import keyword
+
 from ..ir.graph import Graph, Value, replace
 from ..ir.ops import make
 from .analysis import RUNTIME, cone
+
+# What generated code calls things of its own.
+TAKEN = set(
+    "a arrivals b block blocks c decode_launch i kernels launch libdevice m out partial prefill_launch product sequences slots stats "
+    "step tl torch triton w".split()
+)
+
+
+def free(label: str) -> str:
+    """`label`, with an underscore behind it where generated Python could not use it: a field may well be called `out`."""
+    return f"{label}_" if label in TAKEN or keyword.iskeyword(label) else label
 
 
 def extract(name: str, outputs, is_leaf) -> tuple[Graph, list[Value]]:
@@ -24,7 +37,7 @@ def extract(name: str, outputs, is_leaf) -> tuple[Graph, list[Value]]:
     for value in inside:
         for operand in value.inputs:
             if operand not in members and operand not in new:
-                label = unique(names, leaf_name(operand))
+                label = unique(names, free(leaf_name(operand)))
                 new[operand] = make("input", name=label, dtype=operand.dtype, dims=operand.dims, origin=operand.origin)
                 leaves.append(operand)
         new[value] = replace(value, inputs=tuple(new[i] for i in value.inputs))
