@@ -14,7 +14,7 @@ import click
 
 from .cli import colored, print_json
 
-REQUIRED = ("torch", "triton", "numpy", "safetensors", "gguf", "tokenizers", "jinja2", "lark", "networkx", "click", "rich")
+REQUIRED = ("torch", "triton", "numpy", "safetensors", "gguf", "tokenizers", "jinja2", "lark", "click", "rich")
 OPTIONAL = {"huggingface_hub": "models by their Hugging Face id"}
 
 

@@ -15,7 +15,7 @@ from fusec.language.codes import registry
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LLAMA = EXAMPLES / "llama.fuse"
 WRONG = "config\n  D = 8\n\nmodel M(x: [T, D]) -> [T, D]\n  x + y\n"
-HEAVY = {"torch", "triton", "lark", "jinja2", "numpy", "transformers", "networkx", "tokenizers", "rich"}
+HEAVY = {"torch", "triton", "lark", "jinja2", "numpy", "transformers", "tokenizers", "rich"}
 
 
 @pytest.fixture
