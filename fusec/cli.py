@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .diagnostics import DiagnosticError
+from .diagnostics import DiagnosticError, as_dict, render
 from .errors import UserError
 
 # command -> (where it lives, what it does)
@@ -47,6 +47,13 @@ class Commands(click.Group):
         command = getattr(import_module(COMMANDS[name][0]), name)
         command.context_settings.setdefault("help_option_names", ["-h", "--help"])
         return command
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except DiagnosticError as error:  # told here, where the context still knows whether JSON was asked for
+            tell_diagnostics(error.diagnostics, context.meta.get(JSON, False))
+            return error.exit_code
 
     def resolve_command(self, context, args):
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
@@ -87,9 +94,6 @@ def main(argv: list[str] | None = None, program: str = "fusec") -> int:
     except BrokenPipeError:  # the reader has seen enough; nothing is left to say, nor to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except DiagnosticError as error:
-        tell(error.render(color=colored(sys.stderr)))
-        return error.exit_code
     except UserError as error:
         tell(paint(str(error)))
         return error.exit_code
@@ -152,6 +156,27 @@ def paint(text: str) -> str:
 
 def print_json(value) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+JSON = "fusec.json"  # in click's context: whether this command line asks for JSON
+
+
+def json_option(help):
+    """The option --json: results, and what is wrong with a source, go to stdout as JSON. `main` tells the latter by itself."""
+
+    def remember(context, parameter, value):
+        context.meta[JSON] = value
+        return value
+
+    return click.option("--json", "as_json", is_flag=True, callback=remember, help=help)
+
+
+def tell_diagnostics(diagnostics, as_json: bool) -> None:
+    """What the compiler found: for a reader on stderr, or as a list of JSON objects on stdout."""
+    if as_json:
+        print_json([as_dict(diagnostic) for diagnostic in diagnostics])
+    elif diagnostics:
+        tell("\n\n".join(render(diagnostic, colored(sys.stderr)) for diagnostic in diagnostics))
 
 
 def read_config(model: str | None) -> dict | None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 
-from .cli import colored, print_json, read_config, tell, working
-from .diagnostics import Diagnostic, DiagnosticError, Label
+from .cli import json_option, print_json, read_config, tell, tell_diagnostics, working
+from .diagnostics import Diagnostic, DiagnosticError, as_dict
 from .errors import UsageError, UserError
 
 MODEL_HELP = "Sizes from a model folder, a .gguf file or a config.json; else the program's own defaults."
@@ -28,7 +28,7 @@ MODEL_HELP = "Sizes from a model folder, a .gguf file or a config.json; else the
 @click.option("--print-after", multiple=True, metavar="PASS", help="Print the graph after this pass and stop; may be repeated.")
 @click.option("--print-after-all", is_flag=True, help="Print the graph after every pass and stop.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Check the graph's rules between passes.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@json_option("Print the summary as JSON.")
 def compile(source, model, target, dtype, out, source_only, print_after, print_after_all, verify, as_json):
     """Compile SOURCE to a build folder: kernels.py, program.py, the graph as text, cubins and a manifest.
 
@@ -39,7 +39,9 @@ def compile(source, model, target, dtype, out, source_only, print_after, print_a
     printing = print_after or print_after_all
     if printing:
         check_passes(print_after)
-    compiled = run(Path(source), read_config(model), dtype=dtype, verify=verify, keep_stages=True)
+    config = read_config(model)
+    warnings = warn(source, config)
+    compiled = run(Path(source), config, dtype=dtype, verify=verify, keep_stages=True)
     if printing:
         return print_stages(compiled, print_after)
     from .build import write_build
@@ -55,7 +57,7 @@ def compile(source, model, target, dtype, out, source_only, print_after, print_a
             lambda done, total: update(f"compiling kernels: {done} of {total}"),
         )
     if as_json:
-        return print_json(summary(compiled) | report.as_dict())
+        return print_json(summary(compiled, warnings) | report.as_dict())
     print(explain_program(compiled, report), end="")
     seconds = ", ".join(f"{name} {time:.1f} s" for name, time in report.seconds.items())
     tell(
@@ -79,7 +81,16 @@ def target_here() -> str:
     return f"sm_{match[1]}{match[2]}" if match else "sm_90"
 
 
-def summary(compiled) -> dict:
+def warn(source, config) -> list[Diagnostic]:
+    """The warning for a config that a program does not serve, told on stderr: it may explain an error that follows."""
+    from .language import check_architecture, read
+
+    warnings = check_architecture(read(Path(source)), config)
+    tell_diagnostics(warnings, as_json=False)
+    return warnings
+
+
+def summary(compiled, warnings) -> dict:
     """What `explain_program` says, as data: the launches of a step, layers that repeat once, and what was not fused."""
     from .explain import fold, refusals
 
@@ -93,6 +104,7 @@ def summary(compiled) -> dict:
             for run in fold(compiled.module)
         ],
         "not_fused": [{"from": a, "to": b, "why": why, "count": n} for (a, b, why), n in refusals(compiled).items()],
+        "warnings": [as_dict(warning) for warning in warnings],
     }
 
 
@@ -119,48 +131,36 @@ def print_stages(compiled, wanted) -> None:
 @click.command(short_help="Report every mistake in .fuse programs.")
 @click.argument("files", nargs=-1, required=True)
 @click.option("--model", metavar="DIR|FILE", help=MODEL_HELP)
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@json_option("Print the findings as JSON.")
 def check(files, model, as_json):
     """Check FILES: parse them, bind their config, work out every dim."""
-    from .language import load
-
     config, found = read_config(model), []
     for file in files:
-        try:
-            load(Path(file), config)
-        except DiagnosticError as error:
-            found += error.diagnostics
-            if not as_json:
-                tell(error.render(color=colored(sys.stderr)) + "\n")
+        new = findings(Path(file), config)
+        if new and not as_json:
+            tell_diagnostics(new, as_json)
+            tell("")
+        found += new
+    errors = sum(diagnostic.level == "error" for diagnostic in found)
     if as_json:
-        print_json([as_dict(diagnostic) for diagnostic in found])
+        tell_diagnostics(found, as_json)
     else:
-        tell(f"{count(len(files), 'file')} checked, {count(len(found), 'error')}")
-    return 3 if found else 0
+        warned = f", {count(len(found) - errors, 'warning')}" if len(found) > errors else ""
+        tell(f"{count(len(files), 'file')} checked, {count(errors, 'error')}{warned}")
+    return 3 if errors else 0
 
 
-def as_dict(diagnostic: Diagnostic) -> dict:
-    """A diagnostic for scripts and editors: lines and columns count from 1, ends are exclusive."""
+def findings(file: Path, config) -> list[Diagnostic]:
+    """What is wrong with one program, and what may be."""
+    from .language import check_architecture, load, read
 
-    def place(label: Label) -> dict:
-        span = label.span
-        return {
-            "file": span.file,
-            "line": span.line,
-            "column": span.column,
-            "end_line": span.end_line,
-            "end_column": span.end_column,
-            "text": label.text,
-        }
-
-    return {
-        "code": diagnostic.code,
-        "level": diagnostic.level,
-        "title": diagnostic.title,
-        "at": place(diagnostic.label) if diagnostic.label else None,
-        "related": [place(label) for label in diagnostic.related],
-        "hint": diagnostic.hint,
-    }
+    found = []
+    try:
+        found += check_architecture(read(file), config)
+        load(file, config)
+    except DiagnosticError as error:
+        found += error.diagnostics
+    return found
 
 
 def count(number: int, noun: str) -> str:
@@ -222,7 +222,7 @@ def pull(name):
 @click.argument("subject", metavar="FUS0xx|FILE.fuse")
 @click.option("--model", metavar="DIR|FILE", help=MODEL_HELP)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option("Print JSON.")
 def explain(subject, model, dtype, as_json):
     """Explain a diagnostic code, or what becomes of a program: kernels per layer, what was fused, what was not and why.
 
@@ -242,9 +242,11 @@ def explain(subject, model, dtype, as_json):
     from .compiler import compile as run
     from .explain import explain_program
 
-    compiled = run(Path(subject), read_config(model), dtype=dtype)
+    config = read_config(model)
+    warnings = warn(subject, config)
+    compiled = run(Path(subject), config, dtype=dtype)
     if as_json:
-        return print_json(summary(compiled))
+        return print_json(summary(compiled, warnings))
     print(explain_program(compiled), end="")
 
 

@@ -8,7 +8,8 @@
        │            ---------------- R was expected here
     hint: write Linear[D -> G*R*K]
 
-A `Diagnostic` is data; `render` draws it. A phase collects as many as it can and raises them together as one `DiagnosticError`.
+A `Diagnostic` is data; `render` draws it, `as_dict` writes it down for a script. A phase collects as many as it can and raises
+them together as one `DiagnosticError`.
 """
 
 from __future__ import annotations
@@ -170,3 +171,28 @@ def render(diagnostic: Diagnostic, color: bool = False) -> str:
     lines += [f"note: {note}" for note in diagnostic.notes]
     lines += [f"{paint('hint', _BOLD)}: {diagnostic.hint}"] if diagnostic.hint else []
     return "\n".join(lines)
+
+
+def as_dict(diagnostic: Diagnostic) -> dict:
+    """A diagnostic for scripts and editors: lines and columns count from 1, ends are exclusive."""
+
+    def place(label: Label) -> dict:
+        span = label.span
+        return {
+            "file": span.file,
+            "line": span.line,
+            "column": span.column,
+            "end_line": span.end_line,
+            "end_column": span.end_column,
+            "text": label.text,
+        }
+
+    return {
+        "code": diagnostic.code,
+        "level": diagnostic.level,
+        "title": diagnostic.title,
+        "at": place(diagnostic.label) if diagnostic.label else None,
+        "related": [place(label) for label in diagnostic.related],
+        "notes": list(diagnostic.notes),
+        "hint": diagnostic.hint,
+    }

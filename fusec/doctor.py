@@ -12,7 +12,7 @@ from importlib import metadata
 
 import click
 
-from .cli import colored, print_json
+from .cli import colored, json_option, print_json
 
 REQUIRED = ("torch", "triton", "numpy", "safetensors", "gguf", "tokenizers", "jinja2", "lark", "click", "rich")
 OPTIONAL = {"huggingface_hub": "models by their Hugging Face id"}
@@ -29,7 +29,7 @@ class Finding:
 
 
 @click.command(short_help="Say what is installed, what is missing, and how to mend it.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option("Print JSON.")
 def doctor(as_json):
     """Look at this machine: versions, GPU, model, cache. Exits with 1 if something that fusec needs is missing."""
     findings = [python(), *packages(), *gpu(), assembler(), model(), cache(), memory()]

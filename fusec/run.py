@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-from .cli import main, print_json, tell, working
+from .cli import json_option, main, print_json, read_config, tell, working
+from .commands import warn
 from .errors import UsageError
 
 
@@ -53,8 +54,8 @@ from .errors import UsageError
 @click.option("--enforce-eager", is_flag=True, help="On a GPU: no CUDA graphs.")
 @click.option("--offline", is_flag=True, help="Never ask the Hugging Face Hub.")
 @click.option("--quiet", "-q", is_flag=True, help="Print the answer and nothing else.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when the answer is complete.")
-def run(prompt, model, system, raw, as_json, quiet, **options):
+@json_option("Print one JSON object when the answer is complete.")
+def run(prompt, model, system, raw, as_json, **options):
     """Answer a prompt with a compiled model.
 
     \b
@@ -68,7 +69,7 @@ def run(prompt, model, system, raw, as_json, quiet, **options):
         raise UsageError("--system needs a chat template, and --raw leaves it out", hint="drop one of them")
     if not (prompt := sys.stdin.read() if prompt == "-" else prompt).strip():
         raise UsageError("the prompt is empty", expected="some text")
-    session = Session(model, options, told=not (quiet or as_json))
+    session = Session(model, options, told=not (options["quiet"] or as_json))
     conversation = [{"role": "system", "content": system}] if system else []
     session.answer(prompt if raw else [*conversation, {"role": "user", "content": prompt}], as_json)
 
@@ -82,6 +83,8 @@ class Session:
         self.options, self.told = options, told
         self.params = None
         path = resolve(model, options["offline"])
+        if options["source"] and not options["quiet"]:
+            warn(options["source"], read_config(path))
         self.name = path.name if path.suffix == ".gguf" else model
         clock = time.perf_counter()
         with working(f"loading {self.name}", told) as update:

@@ -6,6 +6,7 @@ from importlib import import_module
 
 import click
 
+from ..cli import json_option
 from ..errors import UsageError
 
 
@@ -29,7 +30,7 @@ class Numbers(click.ParamType):
 def common(command):
     """The options that every benchmark has."""
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+        json_option("One JSON document on stdout."),
         click.option("--dtype", default="auto", show_default=True, help="bfloat16, float16 or float32."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     ):

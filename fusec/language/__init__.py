@@ -2,6 +2,7 @@
 
     load(path_or_text, config) -> Graph      parse(text, file) -> Program      format_source(text) -> text
     find_example(architecture) -> Path       config_keys(program) -> [key]     check_checkpoint(graph, shapes) -> [Diagnostic]
+    check_architecture(program, config) -> [Diagnostic]
 
 Nothing here needs a GPU, a checkpoint, torch or the network. Names are imported on first use.
 """
@@ -9,7 +10,8 @@ Nothing here needs a GPU, a checkpoint, torch or the network. Names are imported
 from __future__ import annotations
 
 _HOME = {"load": "library", "read": "library", "find_example": "library", "examples": "library", "config_keys": "library",
-         "parse": "parser", "format_source": "format", "check_checkpoint": "coverage", "registry": "codes", "explain": "codes"}
+         "parse": "parser", "format_source": "format", "check_architecture": "coverage", "check_checkpoint": "coverage",
+         "registry": "codes", "explain": "codes"}
 
 __all__ = sorted(_HOME)
 

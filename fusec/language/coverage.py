@@ -1,4 +1,4 @@
-"""A program against a checkpoint: every tensor the program names must be there with its shape, and no other."""
+"""A program against a checkpoint: it serves the architecture, and every tensor it names is there with its shape, and no other."""
 
 from __future__ import annotations
 
@@ -7,9 +7,26 @@ from pathlib import Path
 
 from ..diagnostics import Diagnostic, Label, Source, Span, nearest
 from ..ir.graph import Graph, Origin, Value
+from . import syntax
+from .library import examples
 
 # Tensors that some checkpoints carry and that hold no parameter: rope tables, causal masks, quantisation leftovers.
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|rope_freqs\.weight|attn\.(masked_)?bias|position_ids)$")
+
+
+def check_architecture(program: syntax.Program, config: dict | None) -> list[Diagnostic]:
+    """A warning where a program says what it serves and the config names none of that.  config: the keys of config.json."""
+    serves = program.of(syntax.Serves)
+    served = [name for line in serves for name in line.names]
+    wanted = (config or {}).get("architectures") or []
+    if not served or not wanted or set(served) & set(wanted):
+        return []
+    span = serves[0].span
+    here = Label(Span(span.source, span.start, span.start + len(span.text.rstrip())), "is what it was written for")
+    shipped = [path.name for name, path in examples().items() if name in wanted]
+    other = f"{shipped[0]} serves it" if shipped else "write a program for it"
+    return [Diagnostic("FUS034", f"this program does not serve {', '.join(wanted)}", here, level="warning",
+                       hint=f"{other}; if this one computes the same, add the name to its serves line")]
 
 
 def expected(graph: Graph) -> dict[str, Value]:

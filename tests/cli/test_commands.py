@@ -81,6 +81,33 @@ def test_check_json(fusec, wrong):
     assert (found["at"]["line"], found["at"]["column"], found["at"]["end_column"]) == (5, 7, 8)
 
 
+@pytest.mark.parametrize("command", ["check", "compile", "explain"])
+def test_json_tells_mistakes_too(fusec, wrong, command):
+    result = fusec(command, wrong, "--json")
+    (found,) = json.loads(result.out)
+    assert (result.status, result.err, found["code"]) == (3, "", "FUS010")
+
+
+@pytest.fixture
+def qwen(tmp_path):
+    """A config of another architecture that llama.fuse could compile."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"], "hidden_size": 64}))
+    return file
+
+
+def test_a_config_that_the_program_does_not_serve_is_a_warning(fusec, qwen, tmp_path):
+    result = fusec("check", LLAMA, "--model", qwen)
+    assert result.status == 0 and "1 file checked, 0 errors, 1 warning" in result.err
+    for text in ("warning[FUS034]", "does not serve Qwen3ForCausalLM", "serves LlamaForCausalLM", "hint: qwen3.fuse serves it"):
+        assert text in result.err
+    (found,) = json.loads(fusec("check", LLAMA, "--model", qwen, "--json").out)
+    result = fusec("compile", LLAMA, "--model", qwen, "--source-only", "--out", tmp_path / "out", "--json")
+    assert result.status == 0 and "warning[FUS034]" in result.err
+    assert json.loads(result.out)["warnings"] == [found]
+    assert "warning[FUS034]" in fusec("explain", LLAMA, "--model", qwen).err
+
+
 def test_check_with_a_config_that_does_not_fit(fusec, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"hidden_size": "large"}))
@@ -123,6 +150,7 @@ def test_explain_unknown_code_and_program(fusec, tiny_llama):
     result = fusec("explain", LLAMA)
     assert result.status == 0 and "5 kernels" in result.out and "Not fused, and why" in result.out
     result = json.loads(fusec("explain", LLAMA, "--model", tiny_llama, "--json").out)
+    assert result["warnings"] == []
     assert [layer["count"] for layer in result["layers"] if layer["count"] > 1] == [3]
 
 

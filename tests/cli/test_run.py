@@ -71,10 +71,15 @@ def test_bfloat16_and_a_program_of_ones_own(run, tiny_llama, tmp_path):
     from fusec.language import find_example
 
     source = tmp_path / "own.fuse"
-    source.write_text(find_example("LlamaForCausalLM").read_text().replace("silu(", "gelu("))
+    text = find_example("LlamaForCausalLM").read_text().replace("silu(", "gelu(")
+    source.write_text(text)
     result = run(tiny_llama, "--dtype", "bfloat16", "--source", source)
     assert result.status == 0
-    assert "bfloat16" in result.err and "own.fuse" in result.err
+    assert "bfloat16" in result.err and "own.fuse" in result.err and "warning" not in result.err
+    source.write_text(text.replace("serves LlamaForCausalLM", "serves GeluForCausalLM"))
+    result = run(tiny_llama, "--source", source)
+    assert result.status == 0 and "does not serve LlamaForCausalLM" in result.err
+    assert run(tiny_llama, "--source", source, "--quiet").err == ""
 
 
 # ---- bad input: one error that says what to do ----
