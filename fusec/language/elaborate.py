@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..diagnostics import Diagnostic, DiagnosticError, Label, Span, did_you_mean
 from ..ir import ops
-from ..ir.graph import Dim, Graph, Value, walk
+from ..ir.graph import Dim, Graph, S, Value, walk
 from ..ir.graph import substitute as substitute_values
 from . import dims, primitives, syntax
 from .blocks import Blocks
@@ -240,6 +240,10 @@ class Elaborator(Blocks):
                     name = f"captured{len(captured)}"
                     captured[operand] = ops.make("input", dtype=operand.dtype, dims=operand.dims, name=name,
                                                  origin=operand.origin)
+        if not any("S" in operand.names for operand in (*operands, *captured)):
+            raise Problem("FUS061", "no template implements this efficiently", node.span, "reads no history",
+                          related=[Label(decl.name_span, f"is implemented via {decl.via}")],
+                          hint="pass it cache(…), which returns the history, or leave via out")
         body = Graph(decl.name, (*inputs, *captured.values()), (result,))
         body = substitute_values(body, captured) if captured else body
         return self.make("via", *operands, *captured, dtype=result.dtype, dims=result.dims, template=decl.via, body=body,
@@ -309,12 +313,16 @@ class Elaborator(Blocks):
         called = node.function.span if isinstance(node, syntax.Call) else node.span
         least = "at least " if rest else ""
         text = f"expects {least}{show_dims(wanted)}; this has {show_dims(argument.dims)}"
-        lost = [d for d in wanted if d.name not in argument.names]
+        sized = [d for d in wanted if d.size is not None]  # no field loses or adds T or S
+        lost = [d for d in sized if d.name not in argument.names]
         related, hint = [], None
-        culprit = self.producer(argument, wanted) if lost else None
+        if S in wanted and "T" in argument.names:
+            given = node.arguments[decl.params.index(param)]
+            hint = f"write cache({given.span.text}): it returns the history, T becoming S"
+        culprit = self.producer(argument, sized) if lost else None
         if culprit is not None:
             related.append(Label(culprit.type.span, f"{lost[0].name} was expected here"))
-            hint = _corrected(culprit, wanted)
+            hint = hint or _corrected(culprit, sized)
         elif field is not None:
             related.append(Label(field.type.span, "declared here"))
         else:
