@@ -263,13 +263,14 @@ def tune(model, budget, forms, dtype, out):
     """
     import torch
 
-    from fusec.runtime.program import load_program, pick_device
+    from fusec.runtime.program import load_program
 
+    from .bench.engine import need_gpu
     from .bench.shapes import config_of
     from .codegen import schedule
     from .tune import FORMS, Tuner, write_table
 
-    device = pick_device("cuda")
+    device = need_gpu("auto", "fusec tune")
     name, config = config_of(model)
     out = out or schedule.TABLES / f"{schedule.gpu_key(torch.cuda.get_device_name(device))}.json"
     with working(f"loading {name}"):

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
+
 from fusec.codegen import schedule
 from fusec.codegen.contraction import Contraction
 from fusec.codegen.contraction_kernel import contraction
@@ -103,8 +105,6 @@ def load_kernels(path: str):
 def warm(job) -> str | None:
     """Compiles one candidate into Triton's cache, in a process of its own. Returns what went wrong, if anything."""
     path, name, pointers, sizes, warps = job
-    import torch
-
     try:
         arguments = [p if isinstance(p, int) else getattr(torch, p) for p in pointers]
         kernel = getattr(load_kernels(path), name)
@@ -120,9 +120,11 @@ class Tuner:
     def __init__(self, program, workers: int | None = None, say=print):
         self.program, self.say = program, say
         self.module = program.module
-        self.folder = Path(tempfile.mkdtemp(prefix="fusec-tune-"))
+        self.scratch = tempfile.TemporaryDirectory(prefix="fusec-tune-")  # goes with the tuner
+        self.folder = Path(self.scratch.name)
         self.pool = ProcessPoolExecutor(workers or max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn"))
 
+    @torch.inference_mode()
     def run(self, budget: float, forms=FORMS, on_result=None) -> dict[str, list[dict]]:
         """The table of the best tiles found within `budget` seconds."""
         table: dict[str, list[dict]] = {}
@@ -182,8 +184,6 @@ class Tuner:
         return option.path, option.name, [*pointers, *([33] if option.form != "gemv" else [])], sizes, option.tiles.num_warps
 
     def batch(self, tokens: int):
-        import torch
-
         from fusec.runtime.batch import Batch
 
         make = lambda *a, **k: torch.arange(*a, **k, dtype=torch.int32, device=self.program.device)  # noqa: E731
@@ -205,8 +205,6 @@ class Tuner:
 
     def values(self, function, launch, batch) -> dict:
         """Parameter -> argument of one launch."""
-        import torch
-
         tokens = batch.ids.shape[0]
         p = self.program
         vocab = p.vocab_size
@@ -241,8 +239,6 @@ class Tuner:
         return [values[p.removesuffix("_ptr")] for p, role in source.roles.items() if role[0] == "output"]
 
     def measure(self, function, form, tokens, options, futures, deadline):
-        import torch
-
         batch = self.batch(tokens)
         launches = [n for n in self.module.launches if n.function == function.name]
         if len(launches) == 1:
@@ -286,8 +282,6 @@ class Tuner:
 
     def time(self, function, option, launches, batch) -> float:
         """Median µs a launch, in a graph of all layers."""
-        import torch
-
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for launch in launches:

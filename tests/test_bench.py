@@ -11,10 +11,12 @@ from fusec.bench import kernels
 from fusec.bench.attention import lengths_of
 from fusec.bench.cli import bench
 from fusec.bench.decode import case, decode_bytes
-from fusec.bench.engine import compiled_for, need_gpu
+from fusec.bench.engine import compiled_for, need_gpu, pick
+from fusec.bench.limits import microseconds
 from fusec.bench.shapes import MODELS, config_of
 from fusec.codegen.traffic import Traffic
 from fusec.errors import DeviceError, UsageError, UserError
+from fusec.tune import Tuner
 
 TINY = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256,
@@ -113,6 +115,29 @@ def test_a_config_that_is_none(tmp_path):
 def test_kernels_need_a_gpu():
     with pytest.raises(DeviceError, match="fusec bench kernels needs an NVIDIA GPU"):
         need_gpu("cpu", "fusec bench kernels")
+
+
+def test_a_gpu_is_picked_with_its_number(monkeypatch):
+    """torch.cuda.set_device takes no other."""
+    for name, value in {"is_available": True, "device_count": 2, "current_device": 1}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert need_gpu("auto", "") == need_gpu("cuda", "") == pick("auto") == torch.device("cuda", 1)
+    assert need_gpu("cuda:0", "") == torch.device("cuda", 0)
+
+
+def test_what_is_measured_runs_in_inference_mode():
+    """Scratch that a forward left behind can be written in no other."""
+    with torch.inference_mode():
+        product = torch.empty(2, 2)
+    assert microseconds(lambda: torch.mm(torch.eye(2), torch.eye(2), out=product), torch.device("cpu")) > 0
+
+
+def test_tuning_runs_in_inference_mode():
+    modes = []
+    function = SimpleNamespace(kernel=SimpleNamespace(attrs={"kind": "rows"}))
+    functions = (modes.append(torch.is_inference_mode_enabled()) or function for _ in range(1))
+    assert Tuner(SimpleNamespace(module=SimpleNamespace(functions=functions))).run(1.0) == {}
+    assert modes == [True]
 
 
 def test_lengths_fall_with_the_rank():

@@ -19,10 +19,14 @@ def compiled_for(config: dict, dtype: str = "bfloat16"):
 
 
 def pick(device: str, config: dict | None = None):
-    """The device to measure on. Without a GPU, "auto" is the CPU for models that its memory holds."""
+    """The device to measure on; a GPU with its number. Without one, "auto" is the CPU for models that its memory holds."""
+    import torch
+
     from fusec.runtime.program import pick_device
 
     chosen = pick_device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
     if chosen.type == "cpu" and config is not None:
         need, free = weight_bytes(config, "float32"), free_memory()
         if need > free // 2:
@@ -35,9 +39,7 @@ def pick(device: str, config: dict | None = None):
 
 def need_gpu(device: str, what: str):
     """The CUDA device, or one clear error."""
-    from fusec.runtime.program import pick_device
-
-    chosen = pick_device(device)
+    chosen = pick(device)
     if chosen.type != "cuda":
         raise DeviceError(f"{what} needs an NVIDIA GPU", found="the CPU (fusec doctor says more)",
                           hint="fusec bench decode --device cpu --model smollm2-135m runs without one")

@@ -1,7 +1,9 @@
 """What the machine itself allows, and how times are taken.
 
 Everything on a GPU is timed as a CUDA graph between two events, several replays at a time, so that the host is out of the
-picture; what is reported is the median of the rounds. """
+picture; what is reported is the median of the rounds. What is timed runs in inference mode, as it does when a model answers:
+scratch that an answer has left behind can be written in no other.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ READ_BYTES = 4 << 30  # far past any cache
 READ_TILES = ((4096, 2, 8), (8192, 4, 8), (4096, 8, 4), (2048, 16, 4))  # (block, programs a multiprocessor, warps)
 
 
+@torch.inference_mode()
 def microseconds(run, device, *, rounds: int = 15, at_least: float = 5000.0, reset=None) -> float:
     """The median time of `run()`. On a GPU it is captured in a CUDA graph after it ran once; a round lasts `at_least` µs.
 
@@ -33,6 +36,7 @@ def microseconds(run, device, *, rounds: int = 15, at_least: float = 5000.0, res
     return replay_microseconds(graph, rounds=rounds, at_least=at_least, reset=reset)
 
 
+@torch.inference_mode()
 def replay_microseconds(graph, *, rounds: int = 15, at_least: float = 5000.0, most: int = 256, reset=None) -> float:
     """The median time of one replay of a captured graph."""
     def once(count):
