@@ -62,7 +62,8 @@ def write_build(compiled, out: Path | str, target: str = "sm_90", source_only: b
     """Writes the build folder of a compiled program (triton backend) to `out`; an older build there is replaced.
 
     target: an NVIDIA architecture, such as sm_90; needs no GPU.  source_only: no cubins.  progress(done, total): called as
-    kernels are compiled.  Raises UserError when `out` holds something else, or a kernel does not compile. """
+    kernels are compiled.  Raises UserError when `out` holds something else, or a kernel does not compile.
+    """
     if compiled.module is None:
         raise UsageError("nothing to build", expected="a program compiled with backend='triton'", found="backend='torch'")
     out = Path(os.path.abspath(Path(out).expanduser()))

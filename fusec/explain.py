@@ -1,5 +1,6 @@
 """`fusec explain llama.fuse`: what a program became, in plain words: the kernels of a layer, what each computes, what it must
-move, and where two computations were not joined, with the reason. """
+move, and where two computations were not joined, with the reason.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +74,8 @@ def kernel_lines(compiled, launch, step, bandwidth) -> list[str]:
     kernel = launch.kernel
     moved = traffic(kernel, step, compiled.dtype)
     floor = moved.floor_us(bandwidth)
-    parts = [f"{amount(size)} {what}" for size, what in ((moved.weights, "weights"), (moved.history, "history"),
-                                                         (moved.reads + moved.writes, "activations")) if size]
+    sizes = {"weights": moved.weights, "history": moved.history, "activations": moved.reads + moved.writes}
+    parts = [f"{amount(size)} {what}" for what, size in sizes.items() if size]
     lines = [f"  {launch.function}   {places(kernel)}",
              *wrapped("computes", what_it_computes(kernel, launch.function)),
              f"    moves     {' + '.join(parts)}; floor {f'{floor:.2f} µs' if floor >= 0.005 else 'below 0.01 µs'}"]

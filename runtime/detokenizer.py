@@ -1,9 +1,9 @@
 """From a stream of token ids to a stream of text, with no half characters and no half stop strings.
 
-pieces = Detokenizer(tokenizer)
-stops = StopChecker(["\\n\\n", "User:"])
-for ids in steps:
-    text, stopped = stops.add(pieces.add(ids))
+    pieces = Detokenizer(tokenizer)
+    stops = StopChecker(["\\n\\n", "User:"])
+    for ids in steps:
+        text, stopped = stops.add(pieces.add(ids))
 """
 
 from __future__ import annotations

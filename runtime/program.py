@@ -1,8 +1,8 @@
 """The compiled program, ready to run: on a GPU the generated Triton, elsewhere the same graph in torch.
 
-program = load_program(checkpoint, dtype="bfloat16", device="cuda")
-program.allocate_cache(num_blocks=1024, block_size=16)
-logits = program.forward(batch)          # float32 [R, V]
+    program = load_program(checkpoint, dtype="bfloat16", device="cuda")
+    program.allocate_cache(num_blocks=1024, block_size=16)
+    logits = program.forward(batch)          # float32 [R, V]
 """
 
 from __future__ import annotations

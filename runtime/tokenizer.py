@@ -1,7 +1,7 @@
 """Text to token ids and back, with what the checkpoint says of its special tokens and its chat template.
 
-tokenizer = Tokenizer.load("SmolLM2-135M-Instruct.Q4_1.gguf")     # or a folder with tokenizer.json, or a Checkpoint
-ids = tokenizer.apply_chat([{"role": "user", "content": "Hello"}])
+    tokenizer = Tokenizer.load("SmolLM2-135M-Instruct.Q4_1.gguf")     # or a folder with tokenizer.json, or a Checkpoint
+    ids = tokenizer.apply_chat([{"role": "user", "content": "Hello"}])
 """
 
 from __future__ import annotations

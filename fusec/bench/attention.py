@@ -1,8 +1,8 @@
 """The paged attention kernels by themselves, against torch's own attention and FlashInfer's, all under CUDA graph replay.
 
-Sequences are uniform, or skewed: lengths fall with the rank, from the whole context to a sixteenth of it. The
-peers get what suits them: torch's keys and values lie together without pages, all of the batch's longest length, and
-FlashInfer is planned ahead.
+Sequences are uniform, or skewed: lengths fall with the rank, from the whole context to a sixteenth of it. The peers get what
+suits them: torch's keys and values lie together without pages, all of the batch's longest length, and FlashInfer is planned
+ahead.
 
     us, torch_us, flashinfer_us   our kernel and its peers, the best of each
     GBps, TFLOPs                  history read (decode); causal multiply-adds, counted twice (prefill)
@@ -278,8 +278,7 @@ class FlashInfer:
             try:
                 wrapper = self.module.BatchPrefillWithPagedKVCacheWrapper(self.workspace, "NHD", backend=backend)
                 wrapper.plan(starts, indptr, tables[0, :counts[0]].contiguous(), last, shape.G * shape.R, shape.G, shape.K,
-                             BLOCK_SIZE,
-                             causal=True, q_data_type=q.dtype, kv_data_type=k.dtype)
+                             BLOCK_SIZE, causal=True, q_data_type=q.dtype, kv_data_type=k.dtype)
             except Exception as error:
                 say(f"  FlashInfer {backend} left out: {type(error).__name__}: {str(error)[:120]}")
                 continue

@@ -1,9 +1,10 @@
 """Decoding: the time of an output token, in `generate` as a user calls it and of a step on the device alone.
 
-    tpot_ms   (a run of steps+1 tokens less a run of one) / steps, by the clock on the wall: scheduling, sampling and reading
-    included step_ms   a replay of the engine's own captured step (forward, sample, advance), by events on the device bytes
-    what a step must read: every weight once, and each sequence's history, halfway through the run share     bytes / tpot as a
-    share of the bandwidth that a plain reduction reads in the same run
+    tpot_ms      (a run of steps + 1 tokens less a run of one) / steps, by the clock on the wall: with scheduling, sampling, reading
+    step_ms      a replay of the engine's own captured step (forward, sample, advance), by events on the device
+    bytes        what a step must read: every weight once, and each sequence's history, halfway through the run
+    GBps         bytes by tpot_ms
+    share        GBps of the bandwidth that a plain reduction reads in the same run; step_share: by step_ms
 """
 
 from __future__ import annotations
@@ -87,8 +88,7 @@ def time_per_token(llm, batch: int, context: int, steps: int, repeats: int) -> f
 
 
 def step_milliseconds(llm, batch: int, context: int) -> float:
-    """Milliseconds of one decode step on the device, at a fixed context: `context` tokens of random history in blocks of
-    their own."""
+    """Milliseconds of one decode step on the device at a fixed context: `context` tokens of random history in own blocks."""
     import torch
 
     from fusec.runtime.runner import DecodeGraph

@@ -85,9 +85,9 @@ def prefill_batch(program, count: int):
     blocks = -(-count // program.block_size)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(program.vocab_size, (count,), generator=draw)
-    return Batch(ids=ints(ids), positions=ints(range(count)), slots=ints(range(count), torch.int64), query_starts=ints([0,
-                                                                                                                        count]),
-                 context_lens=ints([count]), block_tables=ints([[*range(blocks)] + [0] * (-blocks % 16)]), rows=ints([count - 1]),
+    tables = [[*range(blocks)] + [0] * (-blocks % 16)]
+    return Batch(ids=ints(ids), positions=ints(range(count)), slots=ints(range(count), torch.int64),
+                 query_starts=ints([0, count]), context_lens=ints([count]), block_tables=ints(tables), rows=ints([count - 1]),
                  max_query=count, max_context=count)
 
 

@@ -184,8 +184,8 @@ class Blocks(Expressions):
                               hint=f"give one of them another name in config: {twice}2 = {twice}")
             values.append(ops.make(
                 "weight", dtype="x", dims=stack + part.dims, key=key, shape=tuple(d.size for d in stack) + shape,
-                offset=part.offset,
-                strides=tuple(math.prod(shape) for _ in stack) + part.strides, origin=self.origin(_At(here.span), origin_scope)))
+                offset=part.offset, strides=tuple(math.prod(shape) for _ in stack) + part.strides,
+                origin=self.origin(_At(here.span), origin_scope)))
         result = self.weights[key, axes] = values[0] if len(values) == 1 else Many(tuple(values))
         return result
 

@@ -15,11 +15,9 @@ _MEANINGFUL = {
     "attention_bias": (None, False), "mlp_bias": (None, False), "qkv_bias": (None, False), "clip_qkv": (None,),
     "sliding_window": (None, 0), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
     "partial_rotary_factor": (None, 1, 1.0), "num_experts": (None, 0, 1), "num_local_experts": (None, 0, 1),
-    "n_routed_experts": (None, 0, 1),
-    "kv_lora_rank": (None,), "embedding_multiplier": (None, 1, 1.0), "residual_multiplier": (None, 1, 1.0),
-    "logits_scaling": (None, 1, 1.0),
-    "logit_scale": (None, 1, 1.0), "use_qk_norm": (None, False), "qk_layernorm": (None, False), "use_parallel_residual": (None,
-                                                                                                                          False),
+    "n_routed_experts": (None, 0, 1), "kv_lora_rank": (None,), "embedding_multiplier": (None, 1, 1.0),
+    "residual_multiplier": (None, 1, 1.0), "logits_scaling": (None, 1, 1.0), "logit_scale": (None, 1, 1.0),
+    "use_qk_norm": (None, False), "qk_layernorm": (None, False), "use_parallel_residual": (None, False),
 }
 
 _EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts"}  # one fact under three names
@@ -69,10 +67,9 @@ def missing_key(elaborator, key: str, node) -> Problem:
         return Problem("FUS030", f"no value for {key}", node.span, "has no default, and no config was given",
                        hint=f"write {key} ?? value, or name a checkpoint with --model")
     near = nearest(key, flat_keys(elaborator.config))
-    hint = f"did you mean {near}? " if near else ""
+    meant = f"did you mean {near}? otherwise " if near else ""
     return Problem("FUS030", f"the config has no {key}", node.span, "is not in config.json",
-                   hint=f"{hint or ''}{'otherwise' if hint else 'or'} give it a default: {key} ?? value".replace("or give",
-                                                                                                                 "give", 1))
+                   hint=f"{meant}give it a default: {key} ?? value")
 
 
 def extra_keys(config: dict, read: set[str], span: Span) -> list[Diagnostic]:
@@ -105,7 +102,7 @@ def key_path(node) -> tuple[str, ...] | None:
 
 def flat_keys(config: dict) -> list[str]:
     """Every key of a config, nested ones dotted."""
-    return [name for key, value in config.items() for name in (key, *(f"{key}.{k}" for k in (value if isinstance(value,
-                                                                                                                 dict) else ())))]
+    nested = [(key, value if isinstance(value, dict) else ()) for key, value in config.items()]
+    return [name for key, inner in nested for name in (key, *(f"{key}.{k}" for k in inner))]
 
 

@@ -1,8 +1,7 @@
 """Axis arithmetic: `*` nests, `+` concatenates, `K/2` divides.
 
-An axis of a stored tensor is a tree over named dims. Flattened, each of its components is an affine view: element (i, j,
-                                                                                                                    …) of the
-component is element offset + i·stride_i + j·stride_j + … of the axis.
+An axis of a stored tensor is a tree over named dims. Flattened, each of its components is an affine view: element (i, j, …) of
+the component is element offset + i·stride_i + j·stride_j + … of the axis.
 """
 
 from __future__ import annotations

@@ -256,7 +256,6 @@ class Elaborator(Blocks):
         count = self.caches[name] = self.caches.get(name, 0) + 1
         return name if count == 1 else f"{name}{count}"
 
-
     # ---- annotations ------------------------------------------------------------------------------------------------
 
     def type(self, node, scope: Scope) -> tuple[str, bool, tuple]:

@@ -26,8 +26,7 @@ from .scope import (
 )
 
 _OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "%": "mod", "^": "pow", "<": "lt", "<=": "le", ">": "gt",
-              ">=": "ge",
-              "==": "eq", "and": "and", "or": "or"}
+              ">=": "ge", "==": "eq", "and": "and", "or": "or"}
 
 
 def _divide(a, b):
@@ -217,8 +216,7 @@ class Expressions:
                           hint="only cache and attend look at other tokens, so that T may be the packed tokens of any batch")
         if "S" in names and not self.regions:
             raise Problem("FUS061", "no template implements this efficiently", scope.call or node.span,
-                          "works along the history S",
-                          hint="put it into an op via attention, or call attend")
+                          "works along the history S", hint="put it into an op via attention, or call attend")
 
     def _choice(self, node, scope):
         return self.value(node.value if self.condition(node.condition, scope) else node.otherwise, scope)

@@ -247,8 +247,8 @@ def _describe(error, source: Source, start: int, chunk: str) -> Diagnostic:
         offset, what = error.pos_in_stream, chunk[error.pos_in_stream]
     else:
         token = getattr(error, "token", None)
-        offset, what = (len(chunk.rstrip()), "the end") if token is None or token.type == "$END" else (token.start_pos,
-                                                                                                       str(token))
+        ends = token is None or token.type == "$END"
+        offset, what = (len(chunk.rstrip()), "the end") if ends else (token.start_pos, str(token))
     if isinstance(error, exceptions.UnexpectedToken) and error.token.type == "_INDENT":
         line = chunk[:offset].rstrip("\n").count("\n")
         offset = sum(len(text) + 1 for text in chunk.split("\n")[:line + 1])

@@ -46,8 +46,9 @@ def where(elaborator, primitive, arguments, node, scope):
 def float32(elaborator, primitive, arguments, node, scope):
     """f32(x)."""
     value = arguments[0]
-    return elaborator.cast(value, "f32", node, scope) if isinstance(value,
-                                                                    Value | Many) else float(elaborator.number(value, node))
+    if isinstance(value, Value | Many):
+        return elaborator.cast(value, "f32", node, scope)
+    return float(elaborator.number(value, node))
 
 
 def cache(elaborator, primitive, arguments, node, scope):
@@ -94,8 +95,8 @@ def split(elaborator, primitive, arguments, node, scope):
     same_size(source, target, node, scope)
     elaborator.keep_tokens_apart((whole.name,), node, scope)
     parts = tuple(elaborator.make("split", value, dim=whole.name, into=tuple(d.name for d in c.dims),
-                                  sizes=tuple(d.size for d in c.dims),
-                                  strides=c.strides, offset=c.offset, node=node, scope=scope) for c in dims.components(target))
+                                  sizes=tuple(d.size for d in c.dims), strides=c.strides, offset=c.offset,
+                                  node=node, scope=scope) for c in dims.components(target))
     return parts[0] if len(parts) == 1 else Many(parts)
 
 
@@ -128,9 +129,8 @@ def top(elaborator, primitive, arguments, node, scope):
     if into.size > along.size:
         raise Problem("FUS023", "sizes disagree", node.span, f"{into.name} is {into.size}, more than {along.name} = {along.size}")
     elaborator.keep_tokens_apart((along.name,), node, scope)
-    return Many(tuple(elaborator.make("top", value, dim=along.name, into=into.name, size=into.size, result=result, node=node,
-                                      scope=scope)
-                      for result in ("values", "index")))
+    return Many(tuple(elaborator.make("top", value, dim=along.name, into=into.name, size=into.size, result=result,
+                                      node=node, scope=scope) for result in ("values", "index")))
 
 
 def axis_argument(elaborator, primitive, node) -> dims.Axis:

@@ -1,5 +1,4 @@
-"""Generation on the GPU: answers do not depend on the batch they are in, nor on CUDA graphs; the default model's logits in
-bfloat16."""
+"""Generation on the GPU: answers depend neither on their batch nor on CUDA graphs; the default model's logits in bfloat16."""
 
 import os
 import warnings
@@ -64,8 +63,7 @@ def test_a_second_run_is_the_first(llm):
     assert tokens(llm.generate(prompts(), GREEDY)) == tokens(llm.generate(prompts(), GREEDY))
 
 
-# ---- the default model
-# -----------------------------------------------------------------------------------------------------------
+# ---- the default model ----
 
 TEXT = "A graphics processing unit (GPU) is a specialized electronic circuit, first made to speed up the making of images. "
 DECODED = 8  # tokens that are fed one at a time, after the others

@@ -12,8 +12,7 @@ from fusec.language import check_checkpoint, find_example, load
 transformers = pytest.importorskip("transformers")
 
 COMMON = dict(vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-              intermediate_size=56,
-              max_position_embeddings=64)
+              intermediate_size=56, max_position_embeddings=64)
 ROPE3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
              original_max_position_embeddings=16)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
