@@ -1,6 +1,6 @@
 """Decoding: the time of an output token, in `generate` as a user calls it and of a step on the device alone.
 
-    tpot_ms      (a run of steps + 1 tokens less a run of one) / steps, by the clock on the wall: with scheduling, sampling, reading
+    tpot_ms      (a run of steps + 1 tokens less a run of one) / steps, by the clock on the wall: with scheduling and sampling
     step_ms      a replay of the engine's own captured step (forward, sample, advance), by events on the device
     bytes        what a step must read: every weight once, and each sequence's history, halfway through the run
     GBps         bytes by tpot_ms
