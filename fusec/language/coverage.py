@@ -7,8 +7,7 @@ from pathlib import Path
 
 from ..diagnostics import Diagnostic, Label, Source, Span, nearest
 from ..ir.graph import Graph, Origin, Value
-from . import syntax
-from .library import examples
+from . import examples, syntax
 
 # Tensors that some checkpoints carry and that hold no parameter: rope tables, causal masks, quantisation leftovers.
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|rope_freqs\.weight|attn\.(masked_)?bias|position_ids)$")
