@@ -13,6 +13,7 @@ Attributes are plain Python literals (so that the text form round-trips), except
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -71,38 +72,48 @@ class Value:
 @dataclass(frozen=True, eq=False)
 class Graph:
     """A program or a region: named `inputs` (values of op "input"), and `outputs`. Everything between is reached from the
-    outputs."""
+    outputs. Neither a graph nor its values change once made."""
 
     name: str
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     attrs: dict = field(default_factory=dict)
 
-    def walk(self) -> list[Value]:
+    def walk(self) -> tuple[Value, ...]:
         """Every value the outputs need, operands before users. Regions are not entered."""
-        return walk(self.outputs)
+        return self._order
 
     def users(self) -> dict[Value, list[Value]]:
-        """value -> the values that read it, in program order."""
+        """value -> the values that read it, in program order. To be read only."""
+        return self._users
+
+    @cached_property
+    def _order(self):
+        return tuple(walk(self.outputs))
+
+    @cached_property
+    def _users(self):
         table: dict[Value, list[Value]] = {}
-        for value in self.walk():
+        for value in self._order:
             for operand in dict.fromkeys(value.inputs):
                 table.setdefault(operand, []).append(value)
         return table
 
+    def __getstate__(self):
+        """Operands before users, so that pickling does not descend a deep graph."""
+        return {"_order": self._order, "name": self.name, "inputs": self.inputs, "outputs": self.outputs, "attrs": self.attrs}
+
 
 def walk(outputs) -> list[Value]:
     """Post-order over the operands of `outputs`, without recursion (a model of 100 layers is a deep graph)."""
-    order, seen = [], set()
-    stack = [(value, False) for value in reversed(outputs)]
+    order, seen, stack = [], set(), [*reversed(outputs)]
     while stack:
-        value, ready = stack.pop()
-        if ready:
-            order.append(value)
+        value = stack.pop()
+        if value is None:  # what lies below it had its operands visited
+            order.append(stack.pop())
         elif value not in seen:
             seen.add(value)
-            stack.append((value, True))
-            stack.extend((operand, False) for operand in reversed(value.inputs) if operand not in seen)
+            stack += (value, None, *reversed(value.inputs))
     return order
 
 
