@@ -9,9 +9,9 @@ Nothing here needs a GPU, a checkpoint, torch or the network. Names are imported
 
 from __future__ import annotations
 
-_HOME = {"load": "library", "read": "library", "find_example": "library", "examples": "library", "config_keys": "library",
-         "parse": "parser", "format_source": "format", "check_architecture": "coverage", "check_checkpoint": "coverage",
-         "registry": "codes", "explain": "codes"}
+_HOME = {"load": "library", "read": "library", "config_keys": "library", "find_example": "sources", "examples": "sources",
+         "read_text": "sources", "parse": "parser", "format_source": "format", "check_architecture": "coverage",
+         "check_checkpoint": "coverage", "registry": "codes", "explain": "codes"}
 
 __all__ = sorted(_HOME)
 

@@ -1,18 +1,17 @@
-"""Finding and loading programs: the standard library, the shipped examples, and a user's own files."""
+"""Loading programs: a user's own, and the standard library that they use."""
 
 from __future__ import annotations
 
 import functools
-import re
 from importlib import resources
 from pathlib import Path
 
-from ..diagnostics import Diagnostic, DiagnosticError, Label, did_you_mean
-from ..errors import UserError
+from ..diagnostics import Diagnostic, DiagnosticError, Label
 from ..ir.graph import Graph
 from . import syntax
 from .parser import parse
 from .scope import BlockRef, Module, OpRef
+from .sources import read_text
 
 
 def load(source: str | Path, config: dict | None = None, *, file: str | None = None) -> Graph:
@@ -30,23 +29,8 @@ def load(source: str | Path, config: dict | None = None, *, file: str | None = N
 
 def read(source: str | Path, file: str | None = None) -> syntax.Program:
     """The syntax tree of a path or text, as `load` takes it."""
-    if isinstance(source, str) and "\n" in source:
-        return parse(source, file or "<text>")
-    path = Path(source)
-    try:
-        return parse(path.read_text(encoding="utf-8"), file or _shown(path))
-    except FileNotFoundError:
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.fuse")] if path.parent.is_dir() else [])
-        raise UserError(f"no file {source}", hint=near) from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise UserError(f"cannot read {source}", found=reason) from None
-
-
-def _shown(path: Path) -> str:
-    """A path as messages name it: relative where it lies below the working directory."""
-    path = path.absolute()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    text, name = read_text(source)
+    return parse(text, file or name)
 
 
 def library_of(program: syntax.Program) -> Module | None:
@@ -93,21 +77,3 @@ def config_keys(program: syntax.Program) -> list[str]:
                 visit(value)
             bound |= {name.id for name in let.names}
     return list(keys)
-
-
-def examples() -> dict[str, Path]:
-    """Architecture -> the shipped program that serves it."""
-    found = {}
-    for path in sorted(Path(str(resources.files("fusec.examples"))).glob("*.fuse")):
-        for line in re.findall(r"^serves\s+([^#\n]*)", path.read_text(encoding="utf-8"), re.M):
-            found.update((name.strip(), path) for name in line.split(","))
-    return found
-
-
-def find_example(architecture: str) -> Path:
-    """The shipped program for `architectures[0]` of a checkpoint. Raises UserError if there is none."""
-    known = examples()
-    if architecture not in known:
-        raise UserError(f"no program for the architecture {architecture}", expected=f"one of {', '.join(sorted(known))}",
-                        hint=did_you_mean(architecture, known) or "write one, and name it with --source model.fuse")
-    return known[architecture]

@@ -8,8 +8,7 @@ import pytest
 
 from fusec.diagnostics import DiagnosticError, render
 from fusec.errors import UsageError, UserError
-from fusec.language import check_checkpoint, explain, find_example, load, registry
-from fusec.language.library import examples
+from fusec.language import check_checkpoint, examples, explain, find_example, load, registry
 
 CASES = sorted(Path(__file__).parent.joinpath("diagnostics").glob("*.txt"))
 
