@@ -11,13 +11,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import language
 from .codegen.launches import check_supported
 from .codegen.module import Module, build
 from .codegen.schedule import DEFAULT
 from .errors import UsageError, UserError
 from .ir.graph import Graph, Value
 from .ir.ops import make
-from .language import find_example, load
 from .passes import PIPELINE, TORCH_PIPELINE
 from .passes.analysis import cone
 
@@ -62,9 +62,8 @@ def compile(
     if dtype not in DTYPES:
         raise UsageError("unknown dtype", expected=", ".join(DTYPES), found=str(dtype))
     clock = time.perf_counter()
-    if source is None:
-        source = find_example((config or {}).get("architectures", ["?"])[0])
-    graph = load(source, config)
+    source = source_for(source, config)
+    graph = language.load(source, config)
     check_sizes(graph)
     seconds = {"language": time.perf_counter() - clock}
     graph = Graph(graph.name, graph.inputs, tuple(widened(o) for o in graph.outputs), graph.attrs | {"dtype": dtype})
@@ -88,6 +87,11 @@ def compile(
         module = build(graph, dtype=dtype, source_lines=SourceLines(source), title=title, gpu=gpu)
         seconds["codegen"] = time.perf_counter() - clock
     return Compiled(source, config, graph, dtype, module, stages, seconds)
+
+
+def source_for(source, config: dict | None):
+    """`source`, or the shipped program for the config's architecture."""
+    return language.find_example((config or {}).get("architectures", ["?"])[0]) if source is None else source
 
 
 def check_sizes(graph: Graph) -> None:

@@ -120,7 +120,8 @@ class Session:
         tell(f"model    {self.name}: {sizes}, loaded in {self.load_seconds:.1f} s")
         kernels = kernels_per_layer(self.program.compiled)
         shape = f"{kernels} kernels a layer, " if kernels else ""
-        tell(f"program  {Path(self.program.compiled.source).name}: {shape}compiled in {self.compile_seconds:.1f} s")
+        made = "from the cache" if "cache" in self.program.compiled.seconds else f"compiled in {self.compile_seconds:.1f} s"
+        tell(f"program  {Path(self.program.compiled.source).name}: {shape}{made}")
         tell(f"device   {device_name(self.program.device)}: {self.backend}")
 
     @property

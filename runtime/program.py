@@ -8,14 +8,16 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Protocol
 
 import torch
 
 from fusec.codegen.schedule import gpu_key
-from fusec.compiler import Compiled, compile
+from fusec.compiler import Compiled
 from fusec.errors import DeviceError, UsageError, UserError
 from fusec.runtime.batch import Batch
+from fusec.runtime.program_cache import compile_once
 
 
 class Program(Protocol):
@@ -55,9 +57,10 @@ def load_program(
     name = pick_dtype(dtype, device, model if isinstance(model, dict) else model.config)
     config = model if isinstance(model, dict) else model.config
     if device.type == "cuda":
-        compiled = compile(source, config, dtype=name, gpu=gpu_key(torch.cuda.get_device_name(device)))
+        hash_triton()
+        compiled = compile_once(source, config, dtype=name, gpu=gpu_key(torch.cuda.get_device_name(device)))
     else:
-        compiled = compile(source, config, dtype=name, backend="torch")
+        compiled = compile_once(source, config, dtype=name, backend="torch")
     if not isinstance(model, dict) and load_format != "random":
         check_coverage(compiled, model)
     if not cache_sizes(compiled):
@@ -80,6 +83,18 @@ def load_program(
     from fusec.runtime.torch_program import TorchProgram
 
     return TorchProgram(compiled, loader, torch_dtype, device)
+
+
+def hash_triton() -> threading.Thread | None:
+    """Triton names its compiled kernels by a hash of all its 400 MB, taken before the first launch: a third of a second, which
+    passes here while weights are loaded."""
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:  # another version has it elsewhere: it will take its time
+        return None
+    thread = threading.Thread(target=triton_key, daemon=True)
+    thread.start()
+    return thread
 
 
 def pick_device(device) -> torch.device:
