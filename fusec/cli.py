@@ -124,6 +124,8 @@ def unexpected(error: Exception) -> int:
 
 def usage_text(error: click.ClickException) -> str:
     """click's errors in the form of ours."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # a group alone: the message is its help
+        return error.format_message()
     message = error.format_message().replace("\n\n", "\n").strip()
     text = f"error: {message[:1].lower()}{message[1:]}".rstrip(".")
     possible = getattr(error, "possibilities", None)

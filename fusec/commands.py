@@ -86,7 +86,9 @@ def warn(source, config) -> list[Diagnostic]:
     from .language import check_architecture, read
 
     warnings = check_architecture(read(Path(source)), config)
-    tell_diagnostics(warnings, as_json=False)
+    if warnings:
+        tell_diagnostics(warnings, as_json=False)
+        tell("")
     return warnings
 
 

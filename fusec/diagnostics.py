@@ -113,11 +113,14 @@ class Diagnostic:
         return render(self)
 
 
+ENOUGH = 20  # diagnostics that a reader is told at once
+
+
 class DiagnosticError(UserError):
-    """One or more errors in a source file or in what it is compiled with (exit status 3)."""
+    """One or more errors in a source file or in what it is compiled with (exit status 3). Of many, the first `ENOUGH`."""
 
     def __init__(self, diagnostics: Iterable[Diagnostic]):
-        self.diagnostics = tuple(diagnostics)
+        self.diagnostics = tuple(diagnostics)[:ENOUGH]
         super().__init__(self.diagnostics[0].title, exit_code=3)
 
     def __str__(self):

@@ -50,6 +50,7 @@ MODELS = {
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+\.gguf)")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+FIRST_SENTENCE = re.compile(r".*?(?=\. |\n|$)")
 HUB_IGNORED = ["*/*", "consolidated*"]  # other frameworks' copies of the same weights
 
 
@@ -251,7 +252,7 @@ def _from_hub(repository, file, offline):
         raise UserError(
             f"cannot get {repository} from the Hugging Face Hub{' while offline' if offline else ''}",
             expected="the model in the hub's local cache" if offline else "a public model, or one that your token may read",
-            found=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}",
+            found=f"{type(error).__name__}: {FIRST_SENTENCE.match(str(error).strip() or 'no message')[0]}",
             hint="run once without --offline" if offline else "check the id and the network; for a gated model: hf auth login",
         ) from None
     return _model_folder(Path(folder))

@@ -57,7 +57,7 @@ def show(module: str, function: str, as_json: bool, *args, **options) -> None:
     emit(getattr(home, function)(*args, **options), home.COLUMNS, as_json)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def bench():
     """Measure compiled programs against what the machine allows, in the same run. Weights are random, shapes are real."""
 

@@ -17,7 +17,8 @@ def check_architecture(program: syntax.Program, config: dict | None) -> list[Dia
     """A warning where a program says what it serves and the config names none of that.  config: the keys of config.json."""
     serves = program.of(syntax.Serves)
     served = [name for line in serves for name in line.names]
-    wanted = (config or {}).get("architectures") or []
+    wanted = (config or {}).get("architectures")
+    wanted = [name for name in wanted if isinstance(name, str)] if isinstance(wanted, list) else []
     if not served or not wanted or set(served) & set(wanted):
         return []
     span = serves[0].span
@@ -53,6 +54,9 @@ def check_checkpoint(graph: Graph, shapes: dict[str, tuple[int, ...]], name: str
     """
     wanted = expected(graph)
     missing = [key for key in wanted if key not in shapes]
+    if wanted and len(missing) == len(wanted):  # one fact, not a list of every name on both sides
+        return [Diagnostic("FUS070", f"{name} has none of the program's tensors", hint="the program is for another architecture",
+                           notes=(f"the program reads {_some(wanted)}", f"{name} holds {_some(shapes)}"))]
     spare = [key for key in shapes if key not in wanted and not _BUFFERS.search(key)]
     found = []
     for key in _folded(missing):
@@ -82,6 +86,12 @@ def _folded(keys: list[str]) -> list[str]:
     for key in keys:
         first.setdefault(_pattern(key), key)
     return list(first.values())
+
+
+def _some(keys) -> str:
+    """The first few of many keys."""
+    shown = list(keys)[:3]
+    return ", ".join([*shown, "…"] if len(keys) > len(shown) else shown) or "nothing"
 
 
 def _pattern(key: str) -> str:

@@ -30,7 +30,6 @@ from .scope import (
 
 _TEMPLATES = ("attention",)
 _DTYPES = {"int": "int", "f32": "f32", "bool": "bool"}
-_ENOUGH = 20  # diagnostics per run
 
 
 def elaborate(program: syntax.Program, library: Module | None, config: dict | None) -> Graph:
@@ -44,7 +43,7 @@ def elaborate(program: syntax.Program, library: Module | None, config: dict | No
     graph = elaborator.run(module)
     if elaborator.errors:
         errors = sorted(elaborator.errors, key=lambda d: (d.label.span.start if d.label.span.source is program.source else 0))
-        raise DiagnosticError(errors[:_ENOUGH])
+        raise DiagnosticError(errors)
     return graph
 
 
@@ -193,8 +192,8 @@ class Elaborator(Blocks):
         self.not_endless(decl, node)
         call = scope.call or (node.span if ref.module.is_std else None)
         inner = Scope(ref.module, {}, scope.path, None, scope.routed, call)
-        inner.names.update(self.complete(ref, node, inner))
         with self.called_from(call):
+            inner.names.update(self.complete(ref, node, inner))
             self.check_arguments(decl, arguments, node, inner, None)
             if decl.via:
                 return self.region(decl, arguments, node, scope, inner)

@@ -39,6 +39,12 @@ def test_every_command_has_help(fusec, name):
     assert "Usage: " in result.out
 
 
+@pytest.mark.parametrize("group", [(), ("bench",)])
+def test_a_group_alone_shows_its_help(fusec, group):
+    result = fusec(*group)
+    assert result.status == 2 and result.err.startswith("Usage: ") and "error" not in result.err
+
+
 @pytest.mark.parametrize("flag", ["--help", "--version"])
 def test_help_and_version_import_nothing_heavy(flag):
     """This is why they answer at once; a time would depend on the machine."""
@@ -106,6 +112,9 @@ def test_a_config_that_the_program_does_not_serve_is_a_warning(fusec, qwen, tmp_
     assert result.status == 0 and "warning[FUS034]" in result.err
     assert json.loads(result.out)["warnings"] == [found]
     assert "warning[FUS034]" in fusec("explain", LLAMA, "--model", qwen).err
+    for nothing in ("Qwen3ForCausalLM", [3], [], None):
+        qwen.write_text(json.dumps({"architectures": nothing, "hidden_size": 64}))
+        assert "warning" not in fusec("check", LLAMA, "--model", qwen).err
 
 
 def test_check_with_a_config_that_does_not_fit(fusec, tmp_path):

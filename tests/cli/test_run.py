@@ -184,4 +184,6 @@ def test_no_tokenizer_and_no_template(run, damaged):
 
 def test_offline(run, monkeypatch, tmp_path):
     pytest.importorskip("huggingface_hub")
-    refused(run("nobody/nothing", "--offline"), 1, "while offline")
+    result = run("nobody/nothing", "--offline")
+    refused(result, 1, "while offline")
+    assert "local_files_only" not in result.err

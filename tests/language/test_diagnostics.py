@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusec.diagnostics import DiagnosticError, render
+from fusec.diagnostics import ENOUGH, DiagnosticError, render
 from fusec.errors import UsageError, UserError
 from fusec.language import check_checkpoint, examples, explain, find_example, load, registry
 
@@ -61,6 +61,12 @@ def test_every_code_in_the_sources_is_explained():
     sources = Path(__file__).parents[2].joinpath("fusec").rglob("*.py")
     used = set().union(*(re.findall(r'"(FUS\d{3})"', path.read_text(encoding="utf-8")) for path in sources))
     assert used <= set(registry()), sorted(used - set(registry()))
+
+
+def test_what_is_no_program_at_all_is_told_briefly():
+    with pytest.raises(DiagnosticError) as caught:
+        load("words\n" * 500)
+    assert len(caught.value.diagnostics) == ENOUGH
 
 
 def test_color_only_when_asked(tmp_path, monkeypatch):
