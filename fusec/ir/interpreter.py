@@ -260,8 +260,7 @@ class Evaluator:
 
         def run(*operands):
             aligned = [align(t) for t, (align, *_) in zip(operands, views, strict=True)]
-            outer = torch.broadcast_shapes(
-                *[(*t.shape[:at], *t.shape[at + len(v[1]):]) for t, v in zip(aligned, views, strict=True)])
+            outer = broadcast([(*t.shape[:at], *t.shape[at + len(v[1]):]) for t, v in zip(aligned, views, strict=True)])
             out = torch.empty(*outer[:at], value.attrs["size"], *outer[at:], dtype=dtype, device=aligned[0].device)
             step = out.stride(at)
             for tensor, (_, sizes, strides, offset) in zip(aligned, views, strict=True):
@@ -319,6 +318,11 @@ def chain(first, second):
 def ranked(rank: int):
     """tensor -> a view with `rank` axes, the missing ones in front."""
     return lambda t: t[(None,) * (rank - t.dim())] if t.dim() < rank else t
+
+
+def broadcast(shapes) -> tuple[int, ...]:
+    """What shapes of one rank broadcast to. (torch.broadcast_shapes imports SymPy for it, a third of a second.)"""
+    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*shapes, strict=True))
 
 
 def same(tensor):
