@@ -51,10 +51,10 @@ def render(template, name="attention", score=(), mask=(CAUSAL,), first=None, cau
 
 def kernel(template, **context):
     """The compiled-on-launch kernel of `render`."""
-    source = render(template, **context)
+    source = (TEMPLATES / "fetch.py.jinja").read_text() + "\n\n" + render(template, **context)
     path = f"<{template} {hash(source) & 0xffffffff:x}>"
     linecache.cache[path] = (len(source), None, source.splitlines(True), path)
-    scope = {"triton": triton, "tl": tl}
+    scope = {"triton": triton, "tl": tl, "__name__": "attention_lab"}
     exec(compile(source, path, "exec"), scope)
     return scope[context.get("name", "attention")]
 

@@ -270,14 +270,14 @@ def tune(model, budget, forms, dtype, out):
     from .bench.engine import need_gpu
     from .bench.shapes import config_of
     from .codegen import schedule
-    from .tune import FORMS, Tuner, write_table
+    from .codegen.candidates import FORMS
+    from .tune import Tuner, write_table
 
     device = need_gpu("auto", "fusec tune")
     name, config = config_of(model)
     out = out or schedule.TABLES / f"{schedule.gpu_key(torch.cuda.get_device_name(device))}.json"
     with working(f"loading {name}"):
         program = load_program(config, load_format="random", dtype=dtype, device=device, max_tokens=4096)
-        program.allocate_cache(300, 16)
     tuner = Tuner(program, say=tell)
     table = tuner.run(budget, forms or FORMS, lambda function, form, tokens, us, tiles: tell(
         f"{function}, {form} of {tokens} token{'s' if tokens > 1 else ''}: {us:.2f} µs with {tiles}"))

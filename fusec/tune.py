@@ -1,19 +1,21 @@
-"""fusec tune: measures tiles of every contraction of a model on this GPU and writes them to the table that ships with the
-project.
+"""fusec tune: measures tiles of every contraction and of decode attention on this GPU, for the table that ships with the project.
 
-Each candidate is launched as the model would: the same kernel over all layers' weights, one CUDA graph, dependent launch. It
-is timed only if its results agree with those of the cost rule's tiles. Candidates are compiled in parallel processes first.
+First each kernel alone: a candidate is launched as the model would, over all layers' weights, in one CUDA graph with dependent
+launch, and is timed only if its results agree with those of the others. Then the whole step: kernels overlap their neighbours,
+so the fastest alone need not be the fastest together. The best few of each kernel take turns in a captured decode step.
+
+Candidates are compiled in parallel processes first.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -22,18 +24,21 @@ from pathlib import Path
 import torch
 
 from fusec.codegen import schedule
+from fusec.codegen.attention_schedule import decode_launch, decode_row
+from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, form_of, tiles_for
 from fusec.codegen.contraction import Contraction
 from fusec.codegen.contraction_kernel import contraction
+from fusec.codegen.module import preamble
+from fusec.runtime.batch import Batch
 
-HEADER = """import triton
-import triton.language as tl
-from triton.language.extra import libdevice
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-
-"""
-FORMS = ("gemv", "skinny", "matmul")
-TOKENS = {"gemv": (1,), "skinny": (16, 32, 64, 128), "matmul": (4096,)}
+FEW = {"gemv": 12, "skinny": 6}  # of a kernel's candidates that are tried in the whole step
+BETTER = 0.998  # of the step's time: what is no better than this is noise
+CONTEXT = 512  # tokens of history of a step that is measured
+PAGE = 16
+PAGES = CONTEXT // PAGE + 1
+BUCKET = 1024  # the bound on contexts that its graph is captured for
+ATTENTION = ""  # stands beside kernels' names for the launch of decode attention
+MEASURED = {16: 8}  # tokens a tile is for -> tokens it is measured with, where those differ
 
 
 @dataclass(frozen=True)
@@ -46,44 +51,8 @@ class Candidate:
     name: str
 
 
-def candidates(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens: int) -> list:
-    """Tiles worth trying."""
-    found = []
-    if form == "gemv":
-        for n, bk, warps, stages in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (4, 8), (1, 3)):
-            elements = n * bk * leaves / (warps * 32)
-            whole = bk >= k
-            if bk > 2 * k or (whole and stages > 1) or not 16 <= elements <= 128 or (k % bk and not whole):
-                continue
-            found.append(schedule.Gemv(n, bk, warps, stages))
-    if form == "skinny":
-        small = rows * k * leaves < 8 << 20
-        for n, bk, splits, warps, stages in itertools.product((16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (4, 8), (3, 4)):
-            shared = stages * (n * leaves + tokens) * bk * itemsize  # and as much again of x where a reduction runs beside
-            programs = -(-rows // n) * splits
-            if (
-                k % (bk * splits)
-                or shared > 200_000
-                or programs > 1100
-                or not 32 <= n * leaves <= 128
-                or warps == 8
-                and n * leaves < 64
-            ):
-                continue
-            if bk == 64 and not small and k % 128 == 0 or splits > 1 and programs > 600 or programs < 100 and not small:
-                continue
-            if not small and shared * min(4, programs // 132 + 1) < 80_000:
-                continue
-            found.append(schedule.Skinny(tokens, tokens, n, bk, splits, warps, stages))
-    if form == "matmul":
-        for n, bk, warps, stages in itertools.product((64, 128, 256), (64,), (4, 8), (3, 4)):
-            if k % bk or n < 64 or n == 256 and warps == 4 or n % leaves:
-                continue
-            found.append(schedule.Matmul(None, 128, n // leaves, bk, 8, warps, stages))
-    return found
-
-
 def constants(form: str, tiles) -> dict:
+    """A contraction kernel's launch constants."""
     table = {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "STAGES": tiles.stages}
     if form != "gemv":
         table["BLOCK_M"] = tiles.block_m
@@ -103,208 +72,272 @@ def load_kernels(path: str):
 
 
 def warm(job) -> str | None:
-    """Compiles one candidate into Triton's cache, in a process of its own. Returns what went wrong, if anything."""
-    path, name, pointers, sizes, warps = job
+    """Compiles one candidate into Triton's cache, in a process of its own. Returns what went wrong, if anything.
+
+    job: path and name of the kernel, its arguments (dtypes by name for pointers), constants, options of the launch."""
+    path, name, arguments, sizes, options = job
     try:
-        arguments = [p if isinstance(p, int) else getattr(torch, p) for p in pointers]
-        kernel = getattr(load_kernels(path), name)
-        kernel.warmup(*arguments, **sizes, PDL=True, num_warps=warps, launch_pdl=True, grid=(1,))
+        arguments = [a if isinstance(a, int) else getattr(torch, a) for a in arguments]
+        getattr(load_kernels(path), name).warmup(*arguments, **sizes, **options, grid=(1,))
         return None
     except Exception as error:  # noqa: BLE001  a candidate that does not compile is no candidate
         return repr(error)[:200]
 
 
+def milliseconds(run: Callable, repeats: int) -> float:
+    """Median time of `run` replayed as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for i in range(repeats + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times += [start.elapsed_time(end)] if i >= 2 else []
+    return sorted(times)[len(times) // 2]
+
+
 class Tuner:
-    """Tunes one program (a TritonProgram with its cache allocated)."""
+    """Tunes one program: a TritonProgram for at least 128 tokens a step."""
 
     def __init__(self, program, workers: int | None = None, say=print):
         self.program, self.say = program, say
         self.module = program.module
-        self.scratch = tempfile.TemporaryDirectory(prefix="fusec-tune-")  # goes with the tuner
-        self.folder = Path(self.scratch.name)
+        self.folder = tempfile.TemporaryDirectory(prefix="fusec-tune-")  # goes with the tuner
         self.pool = ProcessPoolExecutor(workers or max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn"))
+        self.contractions = [f for f in self.module.functions if f.kernel.attrs["kind"] == "contract"]
+        self.batches: dict[int, Batch] = {}
 
     @torch.inference_mode()
     def run(self, budget: float, forms=FORMS, on_result=None) -> dict[str, list[dict]]:
-        """The table of the best tiles found within `budget` seconds."""
-        table: dict[str, list[dict]] = {}
-        jobs = []
-        for function in self.module.functions:
-            if function.kernel.attrs["kind"] != "contract":
-                continue
-            parts = Contraction(function.kernel.attrs["body"])
-            for form in forms:
-                for tokens in TOKENS[form]:
-                    key = f"{form} {parts.n} {parts.k} {parts.leaves} {self.program.dtype.itemsize}"
-                    jobs.append((key, function, parts, form, tokens))
+        """The table of the best tiles found within about `budget` seconds.
+
+        on_result(what, form, tokens, microseconds, tiles) is called for each of its rows, and with "the whole step" for steps.
+        """
+        tell = on_result or (lambda *result: None)
         deadline = time.monotonic() + budget
-        prepared = []
-        for key, function, parts, form, tokens in jobs:
-            options = self.render(function, parts, form, tokens)
-            prepared.append(
-                (key, function, form, tokens, options, [self.pool.submit(warm, self.job(function, o)) for o in options])
-            )
-        for key, function, form, tokens, options, futures in prepared:
-            best = self.measure(function, form, tokens, options, futures, deadline)
-            if best:
-                microseconds, tiles = best
-                rows = table.setdefault(key, [])
-                known = [r for r in rows if r.get("tokens") != getattr(tiles, "tokens", None)]
-                table[key] = [*known, asdict(tiles)]
-                if on_result:
-                    on_result(function.name, form, tokens, microseconds, tiles)
+        self.program.allocate_cache(128 * PAGES, PAGE)
+        for cache in self.program.caches.values():
+            cache.normal_()
+        ranges = [(form, tokens) for form in forms for tokens in TOKENS[form]]
+        jobs = [(f, *each, self.render(f, *each)) for each in ranges for f in self.contractions]
+        if jobs:
+            self.make_room([option for *_, options in jobs for option in options])
+        warming = [[self.pool.submit(warm, self.job(f, option)) for option in options] for f, _, _, options in jobs]
+        attention = {tokens: self.warm_attention(self.measured(tokens)) for form, tokens in ranges if form != "matmul" and jobs}
+        alone: dict[tuple, dict] = {}
+        for (f, form, tokens, options), futures in zip(jobs, warming, strict=True):
+            found = self.alone(f, form, self.measured(tokens), options, futures, (time.monotonic() + deadline) / 2)
+            alone.setdefault((form, tokens), {})[f.name] = found
+        table: dict[str, list[dict]] = {}
+        for (form, tokens), ranked in alone.items():
+            ranked = {name: rows for name, rows in ranked.items() if rows}
+            choice = {name: rows[0][1] for name, rows in ranked.items()}
+            if form != "matmul" and choice:
+                few = {name: [option for _, option in rows[: FEW[form]]] for name, rows in ranked.items()}
+                choice, launch, ms = self.together(few, attention[tokens], self.measured(tokens), deadline)
+                tell("the whole step", form, tokens, ms * 1e3, "")
+                if launch:
+                    key, row = decode_row(launch, self.measured(tokens), BUCKET, self.program.dtype.itemsize)
+                    table.setdefault(key, []).append(row)
+                    tell("attention", "decode", tokens, ms * 1e3, row)
+            for f in self.contractions:
+                if f.name in choice:
+                    parts, tiles = Contraction(f.kernel.attrs["body"]), choice[f.name].tiles
+                    key = schedule.key(form_of(tiles), parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
+                    table.setdefault(key, []).append(asdict(tiles))
+                    tell(f.name, form, tokens, next(us for us, option in ranked[f.name] if option is choice[f.name]), tiles)
         self.pool.shutdown(wait=False, cancel_futures=True)
         return table
 
-    def render(self, function, parts, form, tokens) -> list[Candidate]:
-        found, files = [], {}
-        for tiles in candidates(form, parts.n, parts.k, parts.leaves, self.program.dtype.itemsize, tokens):
-            splits = getattr(tiles, "splits", 1)
-            masks = (bool(parts.k % (tiles.block_k * splits)), bool(parts.n % tiles.block_n))
-            if masks not in files:
-                name = f"{function.name}_{form}"
-                source = contraction(
-                    function.kernel, name, form, [], self.module.dtype, tiles.block_n, tiles.block_k, parts, splits
-                )
-                path = self.folder / f"{name}_{tokens}_{masks[0]:d}{masks[1]:d}.py"
-                path.write_text(HEADER + source.text)
-                files[masks] = (str(path), name)
-            found.append(Candidate(form, tiles, *files[masks]))
+    def measured(self, tokens: int) -> int:
+        return MEASURED.get(tokens, tokens)
+
+    # ---- candidates --------------------------------------------------------------------------------------------------------
+
+    def render(self, function, form: str, tokens: int) -> list[Candidate]:
+        """Every candidate of a kernel, with the file of its source: one a set of masks."""
+        parts, found, files = Contraction(function.kernel.attrs["body"]), [], {}
+        for tiles in tiles_for(form, parts.n, parts.k, parts.leaves, self.program.dtype.itemsize, tokens):
+            kind = (form_of(tiles), bool(parts.k % tiles.block_k), bool(parts.n % tiles.block_n))
+            if kind not in files:
+                name = f"{function.name}_{kind[0]}"
+                source = contraction(function.kernel, name, kind[0], [], self.module.dtype, tiles.block_n, tiles.block_k, parts)
+                path = Path(self.folder.name, f"{name}_{tokens}_{kind[1]:d}{kind[2]:d}.py")
+                path.write_text(preamble(source.text) + "\n\n" + source.text)
+                files[kind] = (str(path), name)
+            found.append(Candidate(kind[0], tiles, *files[kind]))
         return found
 
-    def source(self, function, form):
-        return next(s for s in function.sources if s.form == form)
+    def make_room(self, options: list[Candidate]) -> None:
+        """Scratch for the partial results of any candidate."""
+        p = self.program
+        most = max((o.tiles.splits * o.tiles.tokens for o in options if o.form == "skinny"), default=1)
+        columns = max(2 * s.facts["rows"] for f in self.contractions for s in f.sources if "rows" in s.facts)
+        p.partial = torch.empty(max(p.partial.numel(), most * (columns + 4096)), dtype=torch.float32, device=p.device)
+        p.arrivals = torch.zeros(max(p.arrivals.numel(), columns), dtype=torch.int32, device=p.device)
 
     def job(self, function, option: Candidate):
         source = self.source(function, option.form)
         launch = next(n for n in self.module.launches if n.function == function.name)
         values = self.values(function, launch, self.batch(1))
         pointers = [str(values[p.removesuffix("_ptr")].dtype).removeprefix("torch.") for p in source.roles]
-        sizes = constants(option.form, option.tiles)
-        return option.path, option.name, [*pointers, *([33] if option.form != "gemv" else [])], sizes, option.tiles.num_warps
+        sizes = constants(option.form, option.tiles) | {"PDL": True}
+        options = {"num_warps": option.tiles.num_warps, "launch_pdl": True}
+        return option.path, option.name, [*pointers, *([33] if option.form != "gemv" else [])], sizes, options
 
-    def batch(self, tokens: int):
-        from fusec.runtime.batch import Batch
+    def warm_attention(self, sequences: int) -> list[tuple]:
+        """(launch, future of its compilation) of each way to launch decode attention, where a model has one kernel of it."""
+        functions = [f for f in self.module.functions if f.kernel.attrs["kind"] == "attention"]
+        if len(functions) != 1:
+            return []
+        (function,) = functions
+        source = next(s for s in function.sources if s.form == "decode")
+        a, kind = source.facts["attention"], self.module.dtype
+        rule = decode_launch(sequences, BUCKET, G=a.G, R=a.R, K=a.K, J=a.J, page=PAGE, itemsize=self.program.dtype.itemsize,
+                             pdl=True)  # fmt: skip
+        found = []
+        for tiles in decode_tiles(rule, self.program.dtype.itemsize):
+            path = Path(self.program.program.__file__).with_name("kernels.py")
+            pointers = [kind] * 3 + ["int32"] * 2 + [kind, "float32", "float32", "int32"]
+            strides = [a.G * a.R * a.K, self.batch(1).block_tables.stride(0)]
+            job = (str(path), source.name, [*pointers, *strides], tiles.constants, tiles.options)
+            found.append((tiles, self.pool.submit(warm, job)))
+        return found
 
-        make = lambda *a, **k: torch.arange(*a, **k, dtype=torch.int32, device=self.program.device)  # noqa: E731
-        if not hasattr(self, "_batches"):
-            self._batches = {}
-        if tokens not in self._batches:
-            self._batches[tokens] = Batch(
-                ids=make(tokens),
-                positions=make(tokens),
-                slots=make(tokens).long(),
-                query_starts=make(tokens + 1),
-                context_lens=make(tokens) * 0 + 1,
-                block_tables=make(tokens)[:, None],
-                rows=make(tokens),
-                max_query=1,
-                max_context=1024,
-            )
-        return self._batches[tokens]
+    # ---- one kernel alone --------------------------------------------------------------------------------------------------
+
+    def source(self, function, form):
+        return next(s for s in function.sources if s.form == form)
+
+    def batch(self, tokens: int) -> Batch:
+        """A decode step of `tokens` sequences, CONTEXT tokens each."""
+        if tokens not in self.batches:
+
+            def make(*size):
+                return torch.arange(*size, dtype=torch.int32, device=self.program.device)
+
+            lengths = torch.full_like(make(tokens), CONTEXT + 1)
+            self.batches[tokens] = Batch(
+                ids=make(tokens), positions=lengths - 1, slots=make(tokens).long() * PAGES * PAGE + CONTEXT,
+                query_starts=make(tokens + 1), context_lens=lengths, block_tables=make(tokens * PAGES).view(tokens, PAGES),
+                rows=make(tokens), max_query=1, max_context=BUCKET,
+            )  # fmt: skip
+        return self.batches[tokens]
 
     def values(self, function, launch, batch) -> dict:
         """Parameter -> argument of one launch."""
-        tokens = batch.ids.shape[0]
-        p = self.program
-        vocab = p.vocab_size
-        if getattr(self, "_logits", None) is None or self._logits.shape[0] < tokens:
-            self._logits = torch.empty(tokens, vocab, dtype=torch.float32, device=p.device)
-        scope = {"m": p, "w": p.weights, "c": p.caches, "b": batch, "T": tokens, "N": tokens, "logits": self._logits[:tokens]}
-        return {
-            name: eval(text, scope) for name, text in zip(function.params, launch.arguments, strict=True)
-        }  # our own generated text
+        tokens, p = batch.ids.shape[0], self.program
+        logits = p._take("logits", tokens * p.vocab_size, torch.float32).view(tokens, p.vocab_size)
+        scope = {"m": p, "w": p.weights, "c": p.caches, "b": batch, "T": tokens, "N": tokens, "logits": logits}
+        arguments = (eval(text, scope) for text in launch.arguments)  # our own generated text
+        return dict(zip(function.params, arguments, strict=True))
 
-    def call(self, function, option: Candidate, launch, batch):
-        values = self.values(function, launch, batch)
-        source = self.source(function, option.form)
-        tokens, t = batch.ids.shape[0], option.tiles
-        rows = source.facts["rows"]
-        blocks = -(-rows // t.block_n)
-        grid = {
-            "gemv": lambda: (blocks,),
-            "skinny": lambda: (-(-tokens // t.block_m) * blocks, t.splits),
-            "matmul": lambda: (-(-tokens // t.block_m) * blocks,),
-        }[option.form]()
+    def launch(self, function, option: Candidate, tokens: int, values: dict) -> None:
+        """Launches a candidate in the place of `function`. values: parameter of the launch function -> argument."""
+        source, t = self.source(function, option.form), option.tiles
+        blocks = -(-source.facts["rows"] // t.block_n)
+        if option.form == "gemv":
+            grid = (blocks,)
+        else:
+            grid = (-(-tokens // t.block_m) * blocks, getattr(t, "splits", 1))
+        arguments = [values[p.removesuffix("_ptr")] for p in source.roles] + ([tokens] if option.form != "gemv" else [])
         kernel = getattr(load_kernels(option.path), option.name)
-        arguments = [values[p.removesuffix("_ptr")] for p in source.roles]
-        kernel[grid](
-            *arguments,
-            *([tokens] if option.form != "gemv" else []),
-            **constants(option.form, t),
-            PDL=True,
-            num_warps=t.num_warps,
-            launch_pdl=True,
-        )
-        return [values[p.removesuffix("_ptr")] for p, role in source.roles.items() if role[0] == "output"]
+        kernel[grid](*arguments, **constants(option.form, t), PDL=True, num_warps=t.num_warps, launch_pdl=True)
 
-    def measure(self, function, form, tokens, options, futures, deadline):
+    def alone(self, function, form, tokens, options, futures, deadline) -> list[tuple[float, Candidate]]:
+        """(µs a launch, candidate), the fastest first: over all layers in turn."""
         batch = self.batch(tokens)
         launches = [n for n in self.module.launches if n.function == function.name]
-        if len(launches) == 1:
-            launches = launches * 3
-        self.program.arena.zero_()
-        for buffer in self.program.module.buffers:
+        calls = [self.values(function, launch, batch) for launch in launches * (3 if len(launches) == 1 else 1)]
+        results = [p.removesuffix("_ptr") for p, role in self.source(function, "gemv").roles.items() if role[0] == "output"]
+        for buffer in self.module.buffers:
             tensor = getattr(self.program, buffer)
             tensor[:tokens].normal_() if tensor.is_floating_point() else tensor.zero_()
-        for name in ("partial",):
-            need = 8 * (2 * self.source(function, form).facts["rows"] * 64 + 64 * 4096)
-            if getattr(self.program, name).numel() < need:
-                setattr(self.program, name, torch.empty(need, dtype=torch.float32, device=self.program.device))
-        if self.program.arrivals.numel() < 65536:
-            self.program.arrivals = torch.zeros(65536, dtype=torch.int32, device=self.program.device)
-        reference, ranked = None, []
         state = self.program.arena.clone()  # launches write over one another's inputs
+        reference, ranked = None, []
         for option, future in zip(options, futures, strict=True):
-            if time.monotonic() > deadline:
-                break
             try:
-                problem = future.result(timeout=deadline - time.monotonic())
+                problem = future.result(timeout=max(0.0, deadline - time.monotonic()))
             except TimeoutError:
                 break
             if problem:
                 continue
             try:
                 self.program.arena.copy_(state)
-                outputs = self.call(function, option, launches[0], batch)
-                result = [o[:tokens].float().clone() for o in outputs[:1]]
+                self.launch(function, option, tokens, calls[0])
+                result = calls[0][results[0]][:tokens].float().clone()
                 torch.cuda.synchronize()
             except Exception as error:  # noqa: BLE001  out of resources: no candidate
                 self.say(f"{function.name} {option.tiles}: {repr(error)[:100]}")
                 continue
-            if reference is None:
-                reference = result
-            if any(not ((r - x).norm() <= 2e-2 * x.norm()) for r, x in zip(result, reference, strict=True)):
+            reference = result if reference is None else reference
+            if not (result - reference).norm() <= 2e-2 * reference.norm():
                 self.say(f"{function.name} {option.tiles}: wrong result, left out")
                 continue
-            ranked.append((self.time(function, option, launches, batch), option.tiles))
-        return min(ranked, key=lambda r: r[0]) if ranked else None
+            ms = milliseconds(lambda option=option: [self.launch(function, option, tokens, values) for values in calls], 5)
+            ranked.append((ms / len(calls) * 1e3, option))
+        return sorted(ranked, key=lambda pair: pair[0])
 
-    def time(self, function, option, launches, batch) -> float:
-        """Median µs a launch, in a graph of all layers."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for launch in launches:
-                self.call(function, option, launch, batch)
-        times = []
-        for i in range(7):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            if i >= 2:
-                times.append(start.elapsed_time(end))
-        return sorted(times)[len(times) // 2] / len(launches) * 1e3
+    # ---- the whole step ----------------------------------------------------------------------------------------------------
+
+    def together(self, few: dict[str, list[Candidate]], attention, tokens: int, deadline: float):
+        """(candidate of each kernel, launch of attention, ms of the step): each kernel's few take turns, twice at most.
+
+        The first launch in `attention` is the rule's own. Without any, attention is left as it is, and None returned.
+        """
+        launches = [launch for launch, future in attention if future.result() is None]
+        choice = {name: options[0] for name, options in few.items()} | {ATTENTION: launches[0] if launches else None}
+        options = few | {ATTENTION: launches}
+        best = self.step(choice, tokens)
+        for _ in range(2):
+            before = best
+            for name, option in [(name, option) for name, several in options.items() for option in several]:
+                if time.monotonic() > deadline or option is choice[name]:
+                    continue
+                try:
+                    ms = self.step(choice | {name: option}, tokens)
+                except Exception as error:  # noqa: BLE001  out of resources: no candidate
+                    self.say(f"{name} {option}: {repr(error)[:100]}")
+                    continue
+                if ms < BETTER * best:
+                    choice, best = choice | {name: option}, ms
+            if best == before:
+                break
+        return choice, choice.pop(ATTENTION), best
+
+    def step(self, choice: dict, tokens: int) -> float:
+        """Milliseconds of a decode step: candidates stand in for the kernels of `choice`, a launch for attention's own."""
+        batch, space = self.batch(tokens), vars(self.program.program)
+
+        def stand_in(function, option):
+            return lambda *values: self.launch(function, option, tokens, dict(zip(function.params, values, strict=True)))
+
+        trial = {f.name: stand_in(f, choice[f.name]) for f in self.contractions if f.name in choice}
+        if launch := choice[ATTENTION]:
+            trial["decode_launch"] = lambda *_, **__: launch
+        real = {name: space[name] for name in trial}
+        space.update(trial)
+        try:
+            self.program.forward(batch)
+            return milliseconds(lambda: self.program.forward(batch), 8)
+        finally:
+            space.update(real)
 
 
 def write_table(table: dict[str, list[dict]], path: Path) -> None:
-    """Merges `table` into the JSON table at `path`, one line a row."""
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    known.update(table)
-    lines = []
+    """Merges `table` into the JSON table at `path`, one line a row. What was measured replaces a shape's rows; the matmul form's
+    rows for other numbers of tokens stay."""
+    known, lines = json.loads(path.read_text()) if path.is_file() else {}, []
+    for shape, rows in table.items():
+        measured = {row.get("tokens") for row in rows}
+        kept = [row for row in known.get(shape, ()) if shape.startswith("matmul") and row["tokens"] not in measured]
+        known[shape] = kept + rows
     for key in sorted(known):
-        rows = sorted(known[key], key=lambda r: r.get("tokens") or 1 << 30)
+        rows = sorted(known[key], key=lambda r: r.get("tokens") or r.get("sequences") or 1 << 30)
         lines.append(f'  "{key}": [' + ",\n    ".join(json.dumps(r) for r in rows) + "]")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from fusec.runtime.draw import dependent_launch
 
 
 @triton.jit
 def _advance(tokens, ids, positions, context_lens, slots, tables, ring, cursor, n, width, num_rows,
-             BLOCK_SIZE: tl.constexpr, RING: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+             BLOCK_SIZE: tl.constexpr, RING: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    if PDL:
+        gdc_wait()  # but it lets nothing start early: the next step reads contexts and history before it waits
     row = tl.arange(0, ROWS)
     here = row < n
     token = tl.load(tokens + row, here, 0)
@@ -30,7 +35,7 @@ def advance(buffers, tokens) -> None:
     """As StepBuffers.advance; tokens int32 [n] on the GPU."""
     from fusec.runtime.step_buffers import RING
 
-    n, (num_rows, width) = len(tokens), buffers.tables.shape
+    n, (num_rows, width), pdl = len(tokens), buffers.tables.shape, dependent_launch(tokens.device)
     _advance[(1,)](tokens, buffers.ids, buffers.positions, buffers.context_lens, buffers.slots, buffers.tables, buffers.ring,
                    buffers.cursor, n, width, num_rows, BLOCK_SIZE=buffers.block_size, RING=RING,
-                   ROWS=triton.next_power_of_2(n))  # fmt: skip
+                   ROWS=triton.next_power_of_2(n), PDL=pdl, launch_pdl=pdl)  # fmt: skip

@@ -1,14 +1,18 @@
 """The sampler's last step on the GPU: noise, argmax and the check for NaN in one pass over the logits.
 
 In torch the noise alone is thirty kernels; here it never leaves the registers. The arithmetic is that of sampling.gumbel.
+Where the GPU can, the kernels are launched while the one before them drains, as the program's own are.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 BLOCK = 1024
 
@@ -23,8 +27,12 @@ def _mix(x):
 @triton.jit
 def _best_of_blocks(logits, temperature, thresholds, seed_low, seed_high, positions, values, tokens,
                     V, blocks, row_stride, float_stride, int_stride,
-                    DRAWS: tl.constexpr, FILTERS: tl.constexpr, GREEDY_BELOW: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                    DRAWS: tl.constexpr, FILTERS: tl.constexpr, GREEDY_BELOW: tl.constexpr, BLOCK: tl.constexpr,
+                    PDL: tl.constexpr):  # fmt: skip
     """The best score of BLOCK tokens of a row, and its token; +inf and -1 where a logit is NaN."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row, block = tl.program_id(1), tl.program_id(0)
     token = block * BLOCK + tl.arange(0, BLOCK)
     score = tl.load(logits + row.to(tl.int64) * row_stride + token, token < V, -float("inf"))
@@ -47,11 +55,20 @@ def _best_of_blocks(logits, temperature, thresholds, seed_low, seed_high, positi
 
 
 @triton.jit
-def _best_of_rows(values, tokens, result, blocks, BLOCKS: tl.constexpr):
+def _best_of_rows(values, tokens, result, blocks, BLOCKS: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row, block = tl.program_id(0), tl.arange(0, BLOCKS)
     value = tl.load(values + row * blocks + block, block < blocks, -float("inf"))
     _, at = tl.max(value, 0, return_indices=True)
     tl.store(result + row, tl.load(tokens + row * blocks + at))
+
+
+@functools.cache
+def dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it drains: from Hopper on."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def draw(logits: torch.Tensor, params, positions: torch.Tensor, *, draws: bool, thresholds: torch.Tensor | None) -> torch.Tensor:
@@ -63,14 +80,14 @@ def draw(logits: torch.Tensor, params, positions: torch.Tensor, *, draws: bool, 
     from fusec.runtime.sampling import GREEDY_BELOW
 
     (rows, vocab_size), device = logits.shape, logits.device
-    blocks = triton.cdiv(vocab_size, BLOCK)
+    blocks, pdl = triton.cdiv(vocab_size, BLOCK), dependent_launch(device)
     values = torch.empty(rows, blocks, dtype=torch.float32, device=device)
     tokens = torch.empty(rows, blocks, dtype=torch.int32, device=device)
     result = torch.empty(rows, dtype=torch.int32, device=device)
     _best_of_blocks[(blocks, rows)](
         logits, params.temperature, thresholds, params.seed_low, params.seed_high, positions, values, tokens, vocab_size, blocks,
         logits.stride(0), params.temperature.stride(0), params.seed_low.stride(0), DRAWS=draws,
-        FILTERS=thresholds is not None, GREEDY_BELOW=GREEDY_BELOW, BLOCK=BLOCK,
+        FILTERS=thresholds is not None, GREEDY_BELOW=GREEDY_BELOW, BLOCK=BLOCK, PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
-    _best_of_rows[(rows,)](values, tokens, result, blocks, BLOCKS=triton.next_power_of_2(blocks))
+    _best_of_rows[(rows,)](values, tokens, result, blocks, BLOCKS=triton.next_power_of_2(blocks), PDL=pdl, launch_pdl=pdl)
     return result

@@ -7,6 +7,7 @@ their kernel reads them.
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 
@@ -82,20 +83,30 @@ def prepare(weight, loader: Loader, dtype: torch.dtype) -> torch.Tensor:
 
 def pack(tensor: torch.Tensor, value: Value, packing: dict) -> torch.Tensor:
     """[LEAVES, ROWS, K] from a matrix with axes `value.dims` (see codegen.contraction)."""
-    names = list(value.names)
+    names, k = list(value.names), packing["k"]
     tensor = tensor.permute([names.index(n) for n in (*packing["n_dims"], *packing["k_dims"])])
-    matrix = tensor.reshape(math.prod(tensor.shape[: len(packing["n_dims"])]), packing["k"])
-    packed = matrix.new_zeros(packing["leaves"], packing["rows"], packing["k"])
-    for leaf, column in enumerate(packing["packing"]):
-        row = 0
+    matrix = tensor.reshape(math.prod(tensor.shape[: len(packing["n_dims"])]), k)
+    columns = tuple(tuple(column) for column in packing["packing"])
+    rows, missing = packed_rows(columns, packing["rows"], tensor.device)
+    packed = matrix.index_select(0, rows)
+    return (packed.index_fill_(0, missing, 0) if len(missing) else packed).view(packing["leaves"], packing["rows"], k)
+
+
+@functools.lru_cache(maxsize=64)
+def packed_rows(columns: tuple, rows: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the row of the matrix that each packed row is, the packed rows that are none), int64. Like layers ask for the same."""
+    found = torch.full((len(columns), rows), -1)
+    for leaf, column in enumerate(columns):
+        at = 0
         for offset, strides, sizes, first, count in column:
-            flat = torch.zeros((), dtype=torch.int64, device=tensor.device)
+            flat = torch.zeros((), dtype=torch.int64)
             for size, stride in zip(sizes, strides, strict=True):
-                flat = flat[..., None] + torch.arange(size, device=tensor.device) * stride
+                flat = flat[..., None] + torch.arange(size) * stride
             chosen = flat.reshape(-1)[first : first + count] + offset
-            packed[leaf, row : row + len(chosen)] = matrix[chosen]
-            row += count
-    return packed
+            found[leaf, at : at + len(chosen)] = chosen
+            at += count
+    found = found.reshape(-1)
+    return found.clamp(min=0).to(device), (found < 0).nonzero()[:, 0].to(device)
 
 
 def checkpoint_shapes(values) -> dict[str, tuple[int, ...]]:

@@ -20,6 +20,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from . import schedule
+from .schedule import padded
+
+# Bytes of shared memory up to which Triton leaves a multiprocessor's split between L1 and shared memory to the driver. Beyond,
+# it asks for the largest share, and a multiprocessor drains before it changes the split: two kernels on different sides of this
+# limit cannot overlap.
+LITTLE = 48 << 10
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -37,11 +45,6 @@ class Launch:
         return dict(num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self.maxnreg, launch_pdl=self.constants["PDL"])
 
 
-def padded(n: int) -> int:
-    """The smallest power of two that holds n."""
-    return 1 << (n - 1).bit_length()
-
-
 def decode_launch(
     batch: int,
     max_context: int,
@@ -54,42 +57,49 @@ def decode_launch(
     itemsize: int = 2,
     multiprocessors: int = 132,
     pdl: bool = False,
+    gpu: str = schedule.DEFAULT,
 ) -> Launch:
     """The launch of the decode kernel for `batch` sequences (padding rows included) of at most `max_context` tokens.
 
     Splits are fixed here, for a captured graph; each sequence's share of them is computed on the device from its own length.
-    Measured on an H200 with 32 query heads, 8 KV heads of 128: a program per multiprocessor with large tiles wins while there
-    are few (sequence, head) pairs; beyond, small tiles with many programs a multiprocessor, and splits only for contexts so
-    long that one of them would outlast the rest of the batch.
+    A table per GPU answers first (see schedule). The rule, measured on an H200 with 32 query heads, 8 KV heads of 128: one
+    sequence's neighbours in a step are matrix-vector kernels, and what needs more than LITTLE shared memory cannot share a
+    multiprocessor with them; a program per multiprocessor with large tiles wins while there are few (sequence, head) pairs;
+    beyond, small tiles with many programs a multiprocessor, and splits only for contexts so long that one of them would outlast
+    the rest of the batch.
     """
     row = max(padded(K), padded(J)) * itemsize  # bytes of one position in a tile
     pairs = batch * G
-    if pairs <= multiprocessors:
+    if batch == 1:  # long contexts: two programs a multiprocessor, as one keeps too few loads in flight
+        splits = 1 << (multiprocessors // pairs).bit_length() - (max_context <= 1024)
+        block_n, num_warps, num_stages = 16384 // row, 4, 2
+    elif pairs <= multiprocessors:
         block_n, num_warps, num_stages, splits = 128, 4, 3, 1 << (multiprocessors // pairs).bit_length() - 1
     elif pairs <= 2 * multiprocessors:
         block_n, num_warps, num_stages, splits = 64, 4, 3, 4
     else:
         block_n, num_warps, num_stages, splits = 32, 2, 4, 4 if pairs <= 4 * multiprocessors else 2
-    wide = max(1, row // 256) * max(1, padded(R) // 16)
+    wide = (max(1, row // 256) if batch > 1 else 1) * max(1, padded(R) // 16)
     block_n = max(16, block_n // wide)
     num_warps = num_warps if wide == 1 else 4 if R <= 32 else 8
     chunk = block_n if pairs <= multiprocessors else 2048 if pairs <= 4 * multiprocessors else 4096
     splits = min(splits, 64, padded(-(-max_context // chunk)))
-    constants = dict(
-        G=G,
-        R=R,
-        K=K,
-        J=J,
-        PAGE=page,
-        BLOCK_R=max(16, padded(R)),
-        BLOCK_K=padded(K),
-        BLOCK_J=padded(J),
-        BLOCK_N=block_n,
-        SPLITS=splits,
-        CHUNK=chunk,
-        PDL=pdl,
-    )
+    for entry in schedule.lookup(gpu, "decode", G, R, K, J, itemsize) or ():
+        if entry["sequences"] >= batch and entry["context"] >= max_context:
+            block_n, splits, chunk = entry["block_n"], entry["splits"], entry["chunk"]
+            num_warps, num_stages = entry["num_warps"], entry["num_stages"]
+            break
+    constants = dict(G=G, R=R, K=K, J=J, PAGE=page, BLOCK_R=max(16, padded(R)), BLOCK_K=padded(K), BLOCK_J=padded(J), PDL=pdl)
+    constants |= dict(BLOCK_N=block_n, SPLITS=splits, CHUNK=chunk)
     return Launch((G, batch, splits), constants, num_warps, num_stages)
+
+
+def decode_row(launch: Launch, sequences: int, context: int, itemsize: int) -> tuple[str, dict]:
+    """(key, row) of the table that makes `decode_launch` answer `launch` for up to so many sequences of so many tokens."""
+    c = launch.constants
+    row = dict(sequences=sequences, context=context, block_n=c["BLOCK_N"], splits=c["SPLITS"], chunk=c["CHUNK"],
+               num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return schedule.key("decode", c["G"], c["R"], c["K"], c["J"], itemsize), row
 
 
 def decode_scratch(launch: Launch) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -39,25 +39,25 @@ FORMS = {
 
 
 def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_n: int, block_k: int,
-                parts: Contraction | None = None, splits: int = 1) -> Source:  # fmt: skip
+                parts: Contraction | None = None) -> Source:  # fmt: skip
     """A contraction kernel in one of its forms: one token ("gemv"), a few ("skinny"), many ("matmul"), or what the vendor's
     matmul leaves to do ("stats", "epilogue").
 
-    Masks are left out where blocks divide the sizes: block_n, block_k and splits are the least divisible of the tiles that it
-    will be launched with.
+    Masks are left out where blocks divide the sizes: block_n and block_k are the least divisible of the tiles that it will be
+    launched with.
     """
     parts = parts or Contraction(kernel.attrs["body"])
-    return ContractionWriter(form, dtype, block_n, block_k, parts, splits).source(name, comment)
+    return ContractionWriter(form, dtype, block_n, block_k, parts).source(name, comment)
 
 
 class ContractionWriter(Writer):
     """Writes one form of one contraction kernel."""
 
-    def __init__(self, form, dtype, block_n, block_k, parts: Contraction, splits):
+    def __init__(self, form, dtype, block_n, block_k, parts: Contraction):
         super().__init__(parts.body, dtype)
         self.form, self.shape, self.parts = form, FORMS[form], parts
         self.block_n, self.block_k = block_n, block_k
-        self.masked_k, self.masked_n = bool(parts.k % (block_k * splits)), bool(parts.n % block_n)
+        self.masked_k, self.masked_n = bool(parts.k % block_k), bool(parts.n % block_n)
         self.many = self.shape.many
         self.row = Index("t", ("t_mask",)) if self.many else Index("0")
         self.given: dict[Value, str] = {}  # finished reductions, by name

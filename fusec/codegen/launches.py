@@ -42,16 +42,18 @@ class Launches:
         rows = COUNTS[parts.row_dim]
         vendor = schedule.vendor_from(*shape) if parts.x.op == "input" else None
         plan = [("gemv", (schedule.gemv(*shape),)), ("skinny", schedule.skinny(*shape)), ("matmul", schedule.matmul(*shape))]
-        sources, lines = [], []
+        sources, lines, reached = [], [], 0
         for form, tiles in plan:
             block_n = max((t.block_n for t in tiles), key=lambda size: parts.n % size)
             block_k = max((t.block_k for t in tiles), key=lambda size: parts.k % size)
-            splits = next((t.splits for t in tiles if form == "skinny" and parts.k % (t.block_k * t.splits)), 1)
-            source = contraction(kernel, f"kernel_{form}", form, comment, self.dtype, block_n, block_k, parts, splits)
+            source = contraction(kernel, f"kernel_{form}", form, comment, self.dtype, block_n, block_k, parts)
             source.facts["tiles"] = tiles
             sources.append(source)
             for t in tiles:
                 limit = 1 if form == "gemv" else t.tokens or vendor
+                if limit and limit <= reached:
+                    continue
+                reached = limit
                 test = f"{rows} == 1" if form == "gemv" else f"{rows} <= {limit}"
                 lines.append(f"{'elif' if lines else 'if'} {test}:" if limit else "else:")
                 lines += indent(self.launch(source, parts, rows, t))

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 from ..ir.graph import Graph, Value
 from ..passes.analysis import RUNTIME, cone
-from ..passes.extract import free, leaf_name, unique
+from ..passes.extract import free, leaf_name, result_name, unique
 from . import schedule
 from .launches import COUNTS, Launches
-from .writer import Source, fold, rename
+from .writer import Source, environment, fold, rename
 
 HEADER = '''"""{title}
 
@@ -92,6 +92,7 @@ class Builder:
         self.graph, self.dtype, self.title = graph, dtype, title
         self.launches = Launches(dtype, gpu, source_lines)
         self.by_text: dict[tuple, Function] = {}
+        self.by_structure: dict[tuple, tuple] = {}
         self.names: dict[str, int] = {}
         self.weight_names: dict = {}
         self.names_of_weights: dict[str, int] = {}
@@ -112,6 +113,16 @@ class Builder:
     # ---- one kernel ------------------------------------------------------------------------------------------------
 
     def add(self, kernel: Value):
+        like = structure(kernel)
+        if like not in self.by_structure:  # like layers are written once
+            self.by_structure[like] = self.write(kernel)
+        function, params = self.by_structure[like]
+        function.count += 1
+        arguments = [self.place(kernel, role, function) for _, role in params]
+        self.module.launches.append(Launch(function.name, arguments, kernel))
+
+    def write(self, kernel: Value) -> tuple[Function, list[tuple[str, tuple]]]:
+        """The function of a kernel, and what plays its parameters."""
         sources, launch, params = self.launches.of(kernel)
         key = (tuple(s.text for s in sources), tuple(launch), tuple(params), self.result_types(kernel))
         function = self.by_text.get(key)
@@ -128,9 +139,7 @@ class Builder:
             function.sources = sources
             self.by_text[key] = function
             self.module.functions.append(function)
-        function.count += 1
-        arguments = [self.place(kernel, role, function) for _, role in params]
-        self.module.launches.append(Launch(function.name, arguments, kernel))
+        return function, params
 
     def result_types(self, kernel):
         return tuple(o.dtype for o in kernel.attrs["body"].outputs) + tuple(i.dtype for i in kernel.inputs)
@@ -196,10 +205,7 @@ class Builder:
             body="Arithmetic is float32 inside a kernel; values are rounded to their own type where they are stored.",
         )
         text = "".join("\n\n" + s.text.strip("\n") + "\n" for f in self.module.functions for s in f.sources)
-        head += "import triton\nimport triton.language as tl\n"
-        head += "from triton.language.extra import libdevice\n" if "libdevice." in text else ""
-        head += "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
-        return fold(head + text)
+        return fold(head + preamble(text) + text)
 
     def write_program(self) -> str:
         head = HEADER.format(
@@ -229,6 +235,35 @@ class Builder:
         lines += [f"    {launch.function}({', '.join(launch.arguments)})" for launch in self.module.launches]
         lines += ["    return logits"]
         return fold("".join(parts) + "\n\n" + "\n".join(lines) + "\n")
+
+
+def preamble(text: str) -> str:
+    """What the kernels in `text` import and call."""
+    head = "import triton\nimport triton.language as tl\n"
+    head += "from triton.language.extra import libdevice\n" if "libdevice." in text else ""
+    head += "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
+    helper = environment().get_template("fetch.py.jinja").render() if " fetch(" in text else ""
+    return head + (f"\n\n{helper}" if helper else "")
+
+
+def structure(kernel: Value) -> tuple:
+    """What the source of a kernel depends on: equal for kernels of like layers."""
+    return kernel.attrs["kind"], kernel.attrs["name"], tuple(i.dtype for i in kernel.inputs), shape_of(kernel.attrs["body"])
+
+
+def shape_of(body: Graph) -> tuple:
+    """The body with numbers for operands, and without the names of its caches, which are the layers' own."""
+    number, rows = {}, []
+    for value in (*body.inputs, *body.walk()):
+        if value in number:
+            continue
+        number[value] = len(number)
+        attrs = {k: shape_of(a) if isinstance(a, Graph) else a for k, a in value.attrs.items()}
+        if value.op == "cache":
+            attrs["name"] = result_name(value)
+        operands = tuple(number[i] for i in value.inputs)
+        rows.append((value.op, operands, repr(attrs), value.dtype, value.dims, value.origin.file, value.origin.line))
+    return tuple(rows), tuple(number[o] for o in body.outputs)
 
 
 def common(keys: list[str]) -> str:

@@ -116,8 +116,12 @@ def gpu_key(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def lookup(gpu: str, form: str, rows: int, k: int, leaves: int, itemsize: int) -> list[dict] | None:
-    return table(gpu).get(f"{form} {rows} {k} {leaves} {itemsize}")
+def lookup(gpu: str, form: str, *shape: int) -> list[dict] | None:
+    return table(gpu).get(key(form, *shape))
+
+
+def key(form: str, *shape: int) -> str:
+    return " ".join(map(str, (form, *shape)))
 
 
 def fit(k: int, block: int) -> int:

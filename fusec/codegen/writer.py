@@ -10,8 +10,6 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-
 from ..ir.graph import Graph, Value
 from ..passes.analysis import RUNTIME
 from ..passes.extract import result_name
@@ -21,6 +19,7 @@ WIDTH = 120  # columns of generated source
 
 # Names that the templates use themselves.
 RESERVED = (
+    "fetch",
     "first",
     "last",
     "split",
@@ -74,7 +73,10 @@ class Source:
 
 
 @functools.cache
-def environment() -> jinja2.Environment:
+def environment():
+    """The templates' Jinja environment."""
+    import jinja2  # not at the top: a start from the program cache renders nothing
+
     folder = Path(__file__).resolve().parents[2] / "templates"
     if not folder.is_dir():
         import fusec.templates

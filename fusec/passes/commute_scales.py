@@ -41,7 +41,7 @@ def commute_scales(graph: Graph) -> Graph:
             if not scales or len(rest) != 1:
                 continue
             base, sign = rest[0]
-            if sign > 0 and all(base in cone(scale, lambda v: v in static) for scale, _ in scales):
+            if sign > 0 and all(reads(scale, base, static) for scale, _ in scales):
                 commuted[value] = (scales, vectors, base)
 
     def rule(value: Value, inputs):
@@ -65,6 +65,17 @@ def commute_scales(graph: Graph) -> Graph:
         return result if result.dtype == value.dtype else make("cast", result, to=value.dtype, origin=origin)
 
     return rewrite(graph, rule, new)
+
+
+def reads(value: Value, base: Value, static) -> bool:
+    """Whether `value` is computed from `base`. Looks near before far: the graph behind both is as deep as the model."""
+    seen, nearest = set(), [value]
+    while nearest:
+        if base in nearest:
+            return True
+        seen.update(nearest)
+        nearest = [i for v in nearest for i in v.inputs if i not in seen and i not in static]
+    return False
 
 
 def factors(value: Value, over, static) -> tuple[list, list, list]:

@@ -1,6 +1,5 @@
 """Every row of the tile tables, launched at its own shape and compared with float64.
 
-The kernel is the smallest of its kind: y = x Wᵀ, or, with two leaves, a product of both halves scaled by the row's norm.
 Tiles are compiled in parallel processes first.
 """
 
@@ -12,46 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tile_case import Case, operands, result
 
 import fusec.codegen
 from fusec import tune
 from fusec.codegen import schedule
-from fusec.codegen.contraction import Contraction
-from fusec.codegen.contraction_kernel import contraction
-from fusec.ir.text import read_graph
-from fusec.passes import fuse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 TABLES = Path(fusec.codegen.__file__).parent / "tables"
 TILES = {"gemv": schedule.Gemv, "skinny": schedule.Skinny, "matmul": schedule.Matmul}
-ONE_LEAF = """\
-graph tile
-  dims T, K={k}, N={n}
-  input %x : x[T, K]
-  %w = weight key="w.weight" shape=({n}, {k}) offset=0 strides=({k}, 1) : x[N, K]
-  %y = contract(%x, %w) over=("K",)
-  return %y
-"""
-TWO_LEAVES = """\
-graph tile
-  dims T, K={k}, N={n}, "N + N"={both}
-  input %x : x[T, K]
-  %w = weight key="w.weight" shape=({both}, {k}) offset=0 strides=({k}, 1) : x["N + N", K]
-  %c = contract(%x, %w) over=("K",)
-  %a = split(%c) dim="N + N" into=("N",) sizes=({n},) strides=(1,) offset=0
-  %b = split(%c) dim="N + N" into=("N",) sizes=({n},) strides=(1,) offset={n}
-  %f = cast(%x) to="f32"
-  %s = mul(%f, %f)
-  %m = mean(%s) over=("K",)
-  %r = rsqrt(%m)
-  %ar = mul(%a, %r)
-  %p = mul(%ar, %b)
-  %y = cast(%p) to="x"
-  return %y
-"""
-
-
 def rows():
     """(form, rows, k, leaves, itemsize, tiles) of every table."""
     for path in sorted(TABLES.glob("*.json")):
@@ -59,69 +28,6 @@ def rows():
             form, *shape = key.split()
             for entry in entries if form in TILES else ():
                 yield form, *map(int, shape), TILES[form](**entry)
-
-
-class Case:
-    """One tile and the kernel rendered for it."""
-
-    def __init__(self, form, n, k, leaves, itemsize, tiles, folder, number):
-        self.form, self.n, self.k, self.leaves, self.tiles = form, n, k, leaves, tiles
-        self.dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
-        text = (ONE_LEAF if leaves == 1 else TWO_LEAVES).format(n=n, k=k, both=2 * n)
-        kernel = next(v for v in fuse(read_graph(text)).walk() if v.op == "kernel")
-        self.name, self.path = f"tile_{number}", folder / f"tile_{number}.py"
-        splits = getattr(tiles, "splits", 1)
-        name = str(self.dtype).removeprefix("torch.")
-        parts = Contraction(kernel.attrs["body"])
-        self.source = contraction(kernel, self.name, form, [], name, tiles.block_n, tiles.block_k, parts, splits)
-        self.path.write_text(tune.HEADER + self.source.text)
-        self.tokens = tiles.tokens - 1 if form == "skinny" else {"gemv": 1, "matmul": 257}[form]  # so that masks matter
-
-    def __repr__(self):
-        return f"{self.form} {self.n} x {self.k}, {self.leaves} leaves, {self.tiles}"
-
-    def sizes(self):
-        return tune.constants(self.form, self.tiles)
-
-    def job(self):
-        kinds = {"weight": self.dtype, "input": self.dtype, "output": self.dtype}
-        scratch = {"partial": "float32", "arrivals": "int32"}
-        pointers = [str(kinds.get(role[0], scratch.get(role[-1]))).removeprefix("torch.") for role in self.source.roles.values()]
-        return str(self.path), self.name, [*pointers, *([33] if self.form != "gemv" else [])], self.sizes(), self.tiles.num_warps
-
-    def run(self, x, w, **options):
-        t, n, device = self.tokens, self.n, x.device
-        blocks = -(-n // self.tiles.block_n)
-        height = -(-t // getattr(self.tiles, "block_m", 1))
-        padded, splits = height * getattr(self.tiles, "block_m", 1), getattr(self.tiles, "splits", 1)
-        out = torch.full((t, n), float("nan"), dtype=self.dtype, device=device)
-        partial = torch.full((splits * padded * (self.leaves * n + blocks),), float("nan"), device=device)
-        arrivals = torch.zeros(height * blocks, dtype=torch.int32, device=device)
-        values = {"weight": w, "input": x, "output": out, "partial": partial, "arrivals": arrivals}
-        arguments = [values[role[0]] if role[0] in values else values[role[1]] for role in self.source.roles.values()]
-        grid = {"gemv": (blocks,), "skinny": (height * blocks, splits), "matmul": (height * blocks,)}[self.form]
-        arguments += [t] if self.form != "gemv" else []
-        launch = getattr(tune.load_kernels(str(self.path)), self.name)[grid]
-        for _ in range(2):  # the second launch finds the counters as the first left them
-            launch(*arguments, **self.sizes(), num_warps=self.tiles.num_warps, **options)
-        assert not arrivals.any(), f"{self} leaves its counters behind"
-        return out
-
-
-def result(x, w, dtype):
-    """What the kernel computes, by torch in `dtype`."""
-    halves = [x.to(dtype) @ part.to(dtype).T for part in w]
-    if len(halves) == 1:
-        return halves[0].double()
-    scale = x.double().pow(2).mean(-1, keepdim=True).rsqrt()
-    return ((halves[0] * scale.to(dtype)) * halves[1]).double()
-
-
-def operands(case, device):
-    generator = torch.Generator(device=device).manual_seed(case.n * 31 + case.k)
-    x = torch.randn(case.tokens, case.k, generator=generator, device=device).to(case.dtype)
-    w = torch.randn(case.leaves, case.n, case.k, generator=generator, device=device).mul_(case.k**-0.5).to(case.dtype)
-    return x, w
 
 
 def test_every_tile(tmp_path):

@@ -166,13 +166,13 @@ llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=2, ignore_eos
 print(*sorted({heavy} & set(sys.modules)))
 """
 HEAVY = {"lark", "fusec.language.parser", "tokenizers", "transformers", "huggingface_hub", "gguf", "rich", "click", "sympy",
-         "networkx", "torch._dynamo", "torch._inductor"}  # fmt: skip
+         "jinja2", "networkx", "torch._dynamo", "torch._inductor"}  # fmt: skip
 
 
 def test_a_second_start_imports_what_it_needs():
     code = SECOND_START.replace("{config}", repr(SMALL)).replace("{source}", repr(str(LLAMA))).replace("{heavy}", repr(HEAVY))
     runs = [in_a_process(f"exec({code!r})").communicate()[0].split() for _ in range(2)]
-    assert runs == [["fusec.language.parser", "lark"], []]
+    assert runs == [["fusec.language.parser", "jinja2", "lark"], []]
 
 
 def test_triton_hashes_itself_aside():

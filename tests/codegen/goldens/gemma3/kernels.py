@@ -8,6 +8,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
+@triton.jit
+def fetch(addresses, wanted):
+    # Asks for the 128 bytes at each wanted address to be brought to L2, and waits for nothing.
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r", [addresses.to(tl.uint64), wanted.to(tl.int32)], tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit(do_not_specialize=["T"])
 def embed_tokens(ids_ptr, embed_tokens_ptr, out_ptr, T, BLOCK_M: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:67   x = embed_tokens(ids)
@@ -100,26 +108,24 @@ def q_k_v_proj_skinny(q_k_v_proj_ptr, x_ptr, constant_ptr, out0_ptr, out1_ptr, v
     first = split * SHARE
     last = tl.minimum(first + SHARE, K)
     k = first + tl.arange(0, BLOCK_K)[:, None]
-    k_mask = k < last
-    w0 = tl.load(w_row + tl.trans(k), mask=tl.trans(k_mask), other=0, eviction_policy="evict_first")
+    w0 = tl.load(w_row + tl.trans(k), eviction_policy="evict_first")
     if PDL:
         gdc_wait()
-    a = tl.load(x_ptr + t * 1152 + k, mask=t_mask & k_mask, other=0, eviction_policy="evict_last")
-    x = tl.load(x_ptr + t * 1152 + k, mask=t_mask & k_mask, other=0).to(tl.float32)
+    a = tl.load(x_ptr + t * 1152 + k, mask=t_mask, other=0, eviction_policy="evict_last")
+    x = tl.load(x_ptr + t * 1152 + k, mask=t_mask, other=0).to(tl.float32)
     constant = tl.load(constant_ptr).to(tl.float32)
     v = x * constant
     y0 = tl.dot(w0, a)
-    mean_k = tl.where(k_mask, v * v, 0.0)
+    mean_k = v * v
     for start in tl.range(first + BLOCK_K, last, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)[:, None]
-        k_mask = k < last
-        w0 = tl.load(w_row + tl.trans(k), mask=tl.trans(k_mask), other=0, eviction_policy="evict_first")
-        a = tl.load(x_ptr + t * 1152 + k, mask=t_mask & k_mask, other=0, eviction_policy="evict_last")
-        x = tl.load(x_ptr + t * 1152 + k, mask=t_mask & k_mask, other=0).to(tl.float32)
+        w0 = tl.load(w_row + tl.trans(k), eviction_policy="evict_first")
+        a = tl.load(x_ptr + t * 1152 + k, mask=t_mask, other=0, eviction_policy="evict_last")
+        x = tl.load(x_ptr + t * 1152 + k, mask=t_mask, other=0).to(tl.float32)
         constant = tl.load(constant_ptr).to(tl.float32)
         v = x * constant
         y0 = tl.dot(w0, a, y0)
-        mean_k = mean_k + tl.where(k_mask, v * v, 0.0)
+        mean_k = mean_k + (v * v)
     mean = tl.sum(mean_k, 0)[None, :]
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
@@ -392,6 +398,11 @@ def attention_decode(
     table = block_tables + b.to(tl.int64) * table_stride
     page = tl.load(table + (begin + n) // PAGE, mask=begin + n < end, other=0)
     if PDL:
+        line = page.to(tl.int64) * (PAGE * G) + (begin + n) % PAGE * G + g
+        fetch(k_cache + line[:, None] * K + tl.arange(0, max(1, BLOCK_K // 64))[None, :] * 64,
+                (begin + n < end)[:, None])
+        fetch(v_cache + line[:, None] * J + tl.arange(0, max(1, BLOCK_J // 64))[None, :] * 64,
+                (begin + n < end)[:, None])
         tl.extra.cuda.gdc_wait()  # also where there is no work: the next kernel counts on this one's predecessors
     if split >= used:
         return
@@ -893,17 +904,15 @@ def down_proj_skinny(down_proj_ptr, x_ptr, out_ptr, partial_ptr, arrivals_ptr, T
     first = split * SHARE
     last = tl.minimum(first + SHARE, K)
     k = first + tl.arange(0, BLOCK_K)[:, None]
-    k_mask = k < last
-    w0 = tl.load(w_row + tl.trans(k), mask=tl.trans(k_mask), other=0, eviction_policy="evict_first")
+    w0 = tl.load(w_row + tl.trans(k), eviction_policy="evict_first")
     if PDL:
         gdc_wait()
-    a = tl.load(x_ptr + t * 6912 + k, mask=t_mask & k_mask, other=0)
+    a = tl.load(x_ptr + t * 6912 + k, mask=t_mask, other=0)
     y0 = tl.dot(w0, a)
     for start in tl.range(first + BLOCK_K, last, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)[:, None]
-        k_mask = k < last
-        w0 = tl.load(w_row + tl.trans(k), mask=tl.trans(k_mask), other=0, eviction_policy="evict_first")
-        a = tl.load(x_ptr + t * 6912 + k, mask=t_mask & k_mask, other=0)
+        w0 = tl.load(w_row + tl.trans(k), eviction_policy="evict_first")
+        a = tl.load(x_ptr + t * 6912 + k, mask=t_mask, other=0)
         y0 = tl.dot(w0, a, y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M
@@ -1055,17 +1064,15 @@ def q_k_v_proj_2_skinny(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, out0_ptr, out1_ptr, v_
     first = split * SHARE
     last = tl.minimum(first + SHARE, K)
     k = first + tl.arange(0, BLOCK_K)[:, None]
-    k_mask = k < last
-    w0 = tl.load(w_row + tl.trans(k), mask=tl.trans(k_mask), other=0, eviction_policy="evict_first")
+    w0 = tl.load(w_row + tl.trans(k), eviction_policy="evict_first")
     if PDL:
         gdc_wait()
-    a = tl.load(x_ptr + t * 1152 + k, mask=t_mask & k_mask, other=0)
+    a = tl.load(x_ptr + t * 1152 + k, mask=t_mask, other=0)
     y0 = tl.dot(w0, a)
     for start in tl.range(first + BLOCK_K, last, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)[:, None]
-        k_mask = k < last
-        w0 = tl.load(w_row + tl.trans(k), mask=tl.trans(k_mask), other=0, eviction_policy="evict_first")
-        a = tl.load(x_ptr + t * 1152 + k, mask=t_mask & k_mask, other=0)
+        w0 = tl.load(w_row + tl.trans(k), eviction_policy="evict_first")
+        a = tl.load(x_ptr + t * 1152 + k, mask=t_mask, other=0)
         y0 = tl.dot(w0, a, y0)
     if SPLITS > 1:
         tokens = tl.cdiv(T, BLOCK_M) * BLOCK_M

@@ -8,6 +8,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
+@triton.jit
+def fetch(addresses, wanted):
+    # Asks for the 128 bytes at each wanted address to be brought to L2, and waits for nothing.
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r", [addresses.to(tl.uint64), wanted.to(tl.int32)], tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit(do_not_specialize=["T"])
 def embed_tokens(ids_ptr, embed_tokens_ptr, out_ptr, T, BLOCK_M: tl.constexpr, PDL: tl.constexpr):
     # llama.fuse:54   x = embed_tokens(ids)
@@ -400,6 +408,11 @@ def attention_decode(
     table = block_tables + b.to(tl.int64) * table_stride
     page = tl.load(table + (begin + n) // PAGE, mask=begin + n < end, other=0)
     if PDL:
+        line = page.to(tl.int64) * (PAGE * G) + (begin + n) % PAGE * G + g
+        fetch(k_cache + line[:, None] * K + tl.arange(0, max(1, BLOCK_K // 64))[None, :] * 64,
+                (begin + n < end)[:, None])
+        fetch(v_cache + line[:, None] * J + tl.arange(0, max(1, BLOCK_J // 64))[None, :] * 64,
+                (begin + n < end)[:, None])
         tl.extra.cuda.gdc_wait()  # also where there is no work: the next kernel counts on this one's predecessors
     if split >= used:
         return

@@ -27,21 +27,25 @@ def positions(T, pos, table, out0, out1):
 
 def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
     if T == 1:
-        kernels.q_k_v_proj_gemv[(triton.cdiv(3072, 1),)](
+        kernels.q_k_v_proj_gemv[(triton.cdiv(3072, 2),)](
             q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache,
-            BLOCK_N=1, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=2, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
-        kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3072, 64), 4)](
+        kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3072, 64), 5)](
             q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, STAGES=3, SPLITS=5, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 32:
-        kernels.q_k_v_proj_skinny[(triton.cdiv(T, 32) * triton.cdiv(3072, 16), 2)](
+        kernels.q_k_v_proj_skinny[(triton.cdiv(T, 32) * triton.cdiv(3072, 64), 2)](
             q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=16, BLOCK_K=128, STAGES=3, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 64:
-        kernels.q_k_v_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(3072, 64), 4)](
+        kernels.q_k_v_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(3072, 64), 2)](
             q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=5, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif T <= 128:
+        kernels.q_k_v_proj_skinny[(triton.cdiv(T, 128) * triton.cdiv(3072, 64), 2)](
+            q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals, T,
+            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=4, SPLITS=2, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 256:
         kernels.q_k_v_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(3072, 64),)](
             q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, T,
@@ -75,9 +79,9 @@ def attention(m, b, q, k_cache, v_cache, out):
 
 def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
     if T == 1:
-        kernels.o_proj_gemv[(triton.cdiv(4096, 8),)](
+        kernels.o_proj_gemv[(triton.cdiv(4096, 4),)](
             o_proj, attended, x, out,
-            BLOCK_N=8, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, x, out, partial, arrivals, T,
@@ -85,15 +89,15 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
     elif T <= 32:
         kernels.o_proj_skinny[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, x, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 64:
         kernels.o_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, x, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 128:
         kernels.o_proj_skinny[(triton.cdiv(T, 128) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, x, out, partial, arrivals, T,
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=5, SPLITS=2, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 256:
         kernels.o_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(4096, 256),)](
             o_proj, attended, x, out, T,
@@ -110,19 +114,19 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(14336, 64), 1)](
             gate_up_proj, x, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 32:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 32) * triton.cdiv(14336, 64), 1)](
             gate_up_proj, x, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=3, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 64:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(14336, 64), 1)](
             gate_up_proj, x, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=3, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 256:
-        kernels.gate_up_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(14336, 64),)](
+        kernels.gate_up_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(14336, 128),)](
             gate_up_proj, x, out, T,
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
     else:
         product = m.product(T, 28672)
         torch.mm(x[:T], gate_up_proj.view(28672, 4096).t(), out=product)
@@ -137,25 +141,25 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
 
 def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
     if T == 1:
-        kernels.down_proj_gemv[(triton.cdiv(4096, 4),)](
+        kernels.down_proj_gemv[(triton.cdiv(4096, 8),)](
             down_proj, x, x_2, out,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=3, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=8, BLOCK_K=1024, STAGES=3, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             down_proj, x, x_2, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 32:
         kernels.down_proj_skinny[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 2)](
             down_proj, x, x_2, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=256, STAGES=3, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 64:
-        kernels.down_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 2)](
+        kernels.down_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(4096, 128), 4)](
             down_proj, x, x_2, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, STAGES=3, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 128:
-        kernels.down_proj_skinny[(triton.cdiv(T, 128) * triton.cdiv(4096, 64), 2)](
+        kernels.down_proj_skinny[(triton.cdiv(T, 128) * triton.cdiv(4096, 128), 4)](
             down_proj, x, x_2, out, partial, arrivals, T,
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=4, SPLITS=4, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 256:
         kernels.down_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(4096, 256),)](
             down_proj, x, x_2, out, T,
@@ -166,25 +170,25 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
 
 def lm_head(N, lm_head, rows, x, out, partial, arrivals):
     if N == 1:
-        kernels.lm_head_gemv[(triton.cdiv(128256, 2),)](
+        kernels.lm_head_gemv[(triton.cdiv(128256, 4),)](
             lm_head, rows, x, out,
-            BLOCK_N=2, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=4096, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif N <= 16:
-        kernels.lm_head_skinny[(triton.cdiv(N, 16) * triton.cdiv(128256, 128), 1)](
+        kernels.lm_head_skinny[(triton.cdiv(N, 16) * triton.cdiv(128256, 64), 1)](
             lm_head, rows, x, out, partial, arrivals, N,
-            BLOCK_M=16, BLOCK_N=128, BLOCK_K=128, STAGES=4, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif N <= 32:
         kernels.lm_head_skinny[(triton.cdiv(N, 32) * triton.cdiv(128256, 128), 1)](
             lm_head, rows, x, out, partial, arrivals, N,
-            BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, STAGES=4, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif N <= 64:
         kernels.lm_head_skinny[(triton.cdiv(N, 64) * triton.cdiv(128256, 128), 1)](
             lm_head, rows, x, out, partial, arrivals, N,
-            BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, STAGES=3, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
-    elif N <= 128:
-        kernels.lm_head_skinny[(triton.cdiv(N, 128) * triton.cdiv(128256, 128), 1)](
-            lm_head, rows, x, out, partial, arrivals, N,
-            BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, STAGES=2, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, STAGES=3, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    elif N <= 256:
+        kernels.lm_head_matmul[(triton.cdiv(N, 128) * triton.cdiv(128256, 256),)](
+            lm_head, rows, x, out, N,
+            BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
     else:
         kernels.lm_head_matmul[(triton.cdiv(N, 128) * triton.cdiv(128256, 128),)](
             lm_head, rows, x, out, N,

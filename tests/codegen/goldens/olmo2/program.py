@@ -78,9 +78,9 @@ def attention(m, b, q, k_cache, v_cache, out):
 
 def o_proj(m, T, o_proj, attended, out, partial, arrivals):
     if T == 1:
-        kernels.o_proj_gemv[(triton.cdiv(4096, 8),)](
+        kernels.o_proj_gemv[(triton.cdiv(4096, 4),)](
             o_proj, attended, out,
-            BLOCK_N=8, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, out, partial, arrivals, T,
@@ -88,15 +88,15 @@ def o_proj(m, T, o_proj, attended, out, partial, arrivals):
     elif T <= 32:
         kernels.o_proj_skinny[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 64:
         kernels.o_proj_skinny[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 128:
         kernels.o_proj_skinny[(triton.cdiv(T, 128) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, out, partial, arrivals, T,
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=5, SPLITS=2, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 256:
         kernels.o_proj_matmul[(triton.cdiv(T, 128) * triton.cdiv(4096, 256),)](
             o_proj, attended, out, T,

@@ -1,0 +1,88 @@
+"""What `fusec tune` tries: tiles that could be the fastest for a shape, few enough to measure."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+from . import schedule
+from .attention_schedule import LITTLE, Launch
+from .schedule import MULTIPROCESSORS
+
+FORMS = ("gemv", "skinny", "matmul")
+TOKENS = {"gemv": (1,), "skinny": (16, 32, 64, 128), "matmul": (4096,)}  # form -> numbers of tokens that have tiles of their own
+MOST = 40  # tiles of a shape and number of tokens
+SHARED = 227_000  # bytes of shared memory of a multiprocessor
+REGISTERS = 65536
+
+
+def tiles_for(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens: int) -> list:
+    """Tiles of a contraction kernel with a weight of leaves × [rows, k]. The most tokens of the skinny form may want the next."""
+    found = {"gemv": gemv, "skinny": skinny, "matmul": matmul}[form](rows, k, leaves, itemsize, tokens)
+    if form == "skinny" and tokens == max(TOKENS["skinny"]):
+        found += [replace(tiles, tokens=2 * tokens) for tiles in matmul(rows, k, leaves, itemsize, tokens)]
+    return found
+
+
+def form_of(tiles) -> str:
+    return type(tiles).__name__.lower()
+
+
+def gemv(rows, k, leaves, itemsize, tokens) -> list[schedule.Gemv]:
+    found = []
+    for n, bk, warps, stages in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (4, 8), (1, 3)):
+        elements, whole = n * bk * leaves / (warps * 32), bk >= k
+        if bk > 2 * k or (whole and stages > 1) or not 16 <= elements <= 128 or (k % bk and not whole):
+            continue
+        found.append(schedule.Gemv(n, bk, warps, stages))
+    return found
+
+
+def skinny(rows, k, leaves, itemsize, tokens) -> list[schedule.Skinny]:
+    """Grids that run all at once, so that every program has an equal share of memory's bandwidth: a second, smaller wave would
+    leave most multiprocessors idle."""
+    found = []
+    blocks = itertools.product((16, 32, 64, 128), (64, 128, 256), range(1, 17), (4, 8), (3, 4, 5))
+    for n, bk, splits, warps, stages in blocks:
+        tiles, threads = -(-rows // n), 32 * warps
+        share = -(-k // (bk * splits)) * bk  # of k, a program
+        # What Triton keeps: weights and x in every stage, x again where a reduction runs beside, and the accumulators.
+        shared = stages * (n * leaves + 2 * tokens) * bk * itemsize
+        registers = max(64, 2 * n * leaves * tokens // threads)
+        resident = min(SHARED // shared, 2048 // threads, REGISTERS // (threads * registers))
+        most, least = MULTIPROCESSORS * resident, 0.7 * MULTIPROCESSORS if tiles * 16 >= MULTIPROCESSORS else tiles * splits
+        if k % bk or not 32 <= n * leaves <= 128 or (warps == 8 and n * leaves < 64) or not resident:
+            continue
+        if splits > 1 and (share < 2 * bk or (splits - 1) * share >= k or tiles * splits > most):
+            continue
+        if tiles * splits < least or tokens <= 32 and most < tiles <= 4 * MULTIPROCESSORS:
+            continue
+        found.append(schedule.Skinny(tokens, tokens, n, bk, splits, warps, stages))
+    found.sort(key=lambda t: (-t.block_n, t.splits, t.block_k))
+    return found[:: -(-len(found) // MOST)] if found else []
+
+
+def matmul(rows, k, leaves, itemsize, tokens) -> list[schedule.Matmul]:
+    found = []
+    for n, bk, warps, stages in itertools.product((64, 128, 256), (64,), (4, 8), (3, 4)):
+        if not (k % bk or n == 256 and warps == 4 or n % leaves):
+            found.append(schedule.Matmul(None, 128, n // leaves, bk, 8, warps, stages))
+    return found
+
+
+def decode_tiles(rule: Launch, itemsize: int) -> list[Launch]:
+    """The rule's own launch of decode attention, then ways around it."""
+    found, (heads, sequences, splits) = [rule], rule.grid
+    row = max(rule.constants["BLOCK_K"], rule.constants["BLOCK_J"]) * itemsize
+    blocks = itertools.product((32, 64, 128, 256), (2, 4, 8), (2, 3), (1, 2, 4, 8, 16, 32), (False, True))
+    for block_n, warps, stages, parts, long in blocks:
+        shared = 2 * block_n * row * (stages - 1)  # keys and values
+        chunk = rule.constants["CHUNK"] if long else block_n
+        near = splits // 2 <= parts <= 2 * splits and (sequences > 1 if long else parts > 1) and chunk >= block_n
+        # One token's neighbours are kernels with next to no shared memory: see attention_schedule.
+        if not near or shared > (LITTLE - 8192 if sequences == 1 else SHARED) or not 1024 <= block_n * row // warps <= 8192:
+            continue
+        constants = rule.constants | {"BLOCK_N": block_n, "SPLITS": parts, "CHUNK": chunk}
+        launch = replace(rule, grid=(heads, sequences, parts), constants=constants, num_warps=warps, num_stages=stages)
+        found += [launch] if launch not in found else []
+    return found

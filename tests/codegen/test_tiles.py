@@ -1,0 +1,55 @@
+"""Tiles: what `fusec tune` may choose computes the same, and what it tries fits the GPU."""
+
+import pytest
+import torch
+from interpret import INTERPRETED, run_interpreted
+
+from fusec.codegen import candidates, schedule
+from fusec.codegen.attention_schedule import LITTLE, decode_launch, decode_row
+
+if INTERPRETED:
+    from tile_case import Case, operands, result
+
+    SPLITS = [(1, 96), (2, 160), (3, 160), (5, 160), (3, 144)]  # equal shares of K, a shorter last one, one that ends in a block
+
+    @pytest.mark.parametrize("leaves", (1, 2))
+    @pytest.mark.parametrize("splits, k", SPLITS)
+    def test_any_number_of_splits(splits, k, leaves, tmp_path):
+        case = Case("skinny", 40, k, leaves, 4, schedule.Skinny(16, 16, 16, 32, splits, 4, 2), tmp_path, 0)
+        x, w = operands(case, "cpu")
+        want = result(x, w, torch.float64)
+        assert (case.run(x, w, PDL=False).double() - want).norm() <= 1e-5 * want.norm()
+
+else:
+
+    def test_interpreted():
+        run_interpreted(__file__)
+
+    SHAPES = [(3072, 4096, 2), (4096, 14336, 1), (151936, 1024, 1), (480, 576, 2)]
+
+    @pytest.mark.parametrize("rows, k, leaves", SHAPES)
+    def test_candidates_give_every_program_work(rows, k, leaves):
+        for tokens in candidates.TOKENS["skinny"]:
+            tiles = candidates.tiles_for("skinny", rows, k, leaves, 2, tokens)
+            assert 0 < len(tiles) <= candidates.MOST + 12
+            for t in tiles:
+                if candidates.form_of(t) == "skinny":
+                    share = -(-k // (t.block_k * t.splits)) * t.block_k
+                    assert (t.splits - 1) * share < k and t.stages * t.block_n * leaves * t.block_k * 2 <= candidates.SHARED
+
+    @pytest.mark.parametrize("heads", [dict(G=8, R=4, K=128, J=128), dict(G=3, R=3, K=64, J=64), dict(G=1, R=8, K=256, J=256)])
+    def test_one_sequence_leaves_shared_memory_to_its_neighbours(heads):
+        rule = decode_launch(1, 1024, **heads, page=16)
+        for launch in candidates.decode_tiles(rule, 2):
+            tile = launch.constants["BLOCK_N"] * (launch.constants["BLOCK_K"] + launch.constants["BLOCK_J"]) * 2
+            assert tile * (launch.num_stages - 1) < LITTLE
+
+    def test_a_row_of_the_table_is_what_decode_launch_answers(monkeypatch):
+        heads = dict(G=2, R=4, K=64, J=64, page=16)
+        wanted = candidates.decode_tiles(decode_launch(8, 1024, **heads), 2)[-1]
+        key, row = decode_row(wanted, 8, 1024, 2)
+        monkeypatch.setattr(schedule, "table", lambda gpu: {key: [row]})
+        assert decode_launch(8, 1024, **heads) == wanted
+        assert decode_launch(5, 512, **heads).constants == wanted.constants
+        assert decode_launch(9, 1024, **heads) != wanted  # more sequences, or longer ones, than the row is for
+        assert decode_launch(8, 2048, **heads).constants != wanted.constants
