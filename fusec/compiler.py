@@ -1,8 +1,8 @@
 """From a `.fuse` program and a config to a module: the driver that runs the front end, the passes and code generation in order.
 
-compiled = compile("examples/llama.fuse", config)         # pure: no GPU, no checkpoint, no torch
-compiled.module.kernels_py, compiled.module.program_py     # the two generated files
-compiled.stages                                            # (pass name, graph) for --print-after
+    compiled = compile("examples/llama.fuse", config)         # pure: no GPU, no checkpoint, no torch
+    compiled.module.kernels_py, compiled.module.program_py     # the two generated files
+    compiled.stages                                            # (pass name, graph) for --print-after
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def compile(
     clock = time.perf_counter()
     source = source_for(source, config)
     graph = language.load(source, config)
+    check_inputs(graph)
     check_sizes(graph)
     seconds = {"language": time.perf_counter() - clock}
     graph = Graph(graph.name, graph.inputs, tuple(widened(o) for o in graph.outputs), graph.attrs | {"dtype": dtype})
@@ -91,7 +92,24 @@ def compile(
 
 def source_for(source, config: dict | None):
     """`source`, or the shipped program for the config's architecture."""
-    return language.find_example((config or {}).get("architectures", ["?"])[0]) if source is None else source
+    if source is not None:
+        return source
+    named = (config or {}).get("architectures")
+    if not isinstance(named, list) or not named or not isinstance(named[0], str):
+        raise UserError("the config names no architecture", expected='"architectures": ["LlamaForCausalLM"], or the like',
+                        found=repr(named), hint="name a program with --source model.fuse")  # fmt: skip
+    return language.find_example(named[0])
+
+
+INPUTS = ("ids", "pos", "rows")  # what the runtime hands to a model; rows: the tokens whose logits are wanted
+
+
+def check_inputs(graph: Graph) -> None:
+    """Raises UserError for a parameter of the model that no runtime can give it."""
+    for value in graph.inputs:
+        if value.attrs["name"] not in INPUTS:
+            raise UserError(f"the model asks for {value.attrs['name']}", expected="ids: int[T] and pos: int[T], by these names",
+                            found=value.attrs["name"], hint="declare it as model M(ids: int[T], pos: int[T])")  # fmt: skip
 
 
 def check_sizes(graph: Graph) -> None:

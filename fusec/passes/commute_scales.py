@@ -3,10 +3,9 @@
     before   %n = mul(mul(%x, %rstd), %w) : x[T, D]      after   %c = contract(%x, mul(%m, %w)) over=("D",)
              %c = contract(%n, %m) over=("D",)                   %y = mul(%c, %rstd) : x[T, F]
 
-(x · rstd · w) @ M = rstd · (x @ (w · M)): a contraction is linear, and rstd is one number per row. So the reduction that a
-norm needs runs
-beside the contraction, over the same loaded x, and no launch is spent on it. w is folded into M when that matrix serves
-nothing else (a head tied to the embedding keeps its w on x).
+(x · rstd · w) @ M = rstd · (x @ (w · M)): a contraction is linear, and rstd is one number per row. So the reduction that a norm
+needs runs beside the contraction, over the same loaded x, and no launch is spent on it. w is folded into M when that matrix
+serves nothing else (a head tied to the embedding keeps its w on x).
 
 Nothing here knows RMSNorm: any product with a factor that has no contracted dim, and that is reduced from the rest, commutes.
 The result is rounded once less than the text says; see docs/decisions.md.

@@ -1,13 +1,11 @@
 """fuse: primitives are partitioned into kernels.
 
-    before   a graph of primitives                       after   a graph of `kernel` values, each with its body, read through
-    `get`
+    before   a graph of primitives          after   a graph of `kernel` values, each with its body, read through `get`
 
 A contraction, and a body that a template implements, own a launch: the *anchors*. Around them, by the fewest bytes moved:
 
 * An anchor's result is followed forward: elementwise values, splits, joins and cache writes that need nothing computed later
-join it
-  (its epilogue). A value that is cheap to compute again from what is stored anyway is left to its readers.
+  join it (its epilogue). A value that is cheap to compute again from what is stored anyway is left to its readers.
 * What an anchor reads is followed backward: elementwise values and reductions over the contracted dims are computed on the way in
   (its prologue, or beside it when only the epilogue wants the reduction).
 * What is left forms row kernels: elementwise values and reductions over the same dims of each row.
