@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from . import __version__
+from . import __version__, config_file
 from .diagnostics import DiagnosticError, as_dict, render
 from .errors import UserError
 
@@ -194,14 +194,7 @@ def read_config(model: str | None) -> dict | None:
         from fusec.runtime.checkpoint import open_checkpoint
 
         return open_checkpoint(path).config
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}", expected="a JSON object", found=str(error)) from None
-    if not isinstance(config, dict):
-        raise UserError(f"cannot read {path}", expected="a JSON object", found=type(config).__name__)
-    return config
+    return config_file.read(path / "config.json" if path.is_dir() else path)
 
 
 @contextmanager

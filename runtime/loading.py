@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusec.errors import UsageError, UserError
+from fusec import config_file
+from fusec.errors import UsageError
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 DEFAULT_CONTEXT = 2048
@@ -55,7 +55,7 @@ def _open(model, load_format, offline):
         return None, dict(model), None
     if load_format == "random" and (folder := _folder_of_config(model)):
         tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-        return None, _read_config(folder / "config.json"), tokenizer
+        return None, config_file.read(folder / "config.json"), tokenizer
     checkpoint = open_checkpoint(resolve(model, offline))
     return checkpoint, checkpoint.config, Tokenizer.load(checkpoint)
 
@@ -66,13 +66,3 @@ def _folder_of_config(model):
     if path is not None and path.name == "config.json":
         path = path.parent
     return path if path is not None and (path / "config.json").is_file() else None
-
-
-def _read_config(path):
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}", expected="a JSON object", found=str(error)) from None
-    if not isinstance(config, dict):
-        raise UserError(f"cannot read {path}", expected="a JSON object", found=type(config).__name__)
-    return config

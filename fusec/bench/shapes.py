@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 
-from ..errors import UsageError, UserError
+from .. import config_file
+from ..errors import UsageError
 
 
 def llama3_scaling(factor: float) -> dict:
@@ -53,10 +53,4 @@ def config_of(model: str) -> tuple[str, dict]:
         near = difflib.get_close_matches(model.lower(), MODELS, n=1)
         raise UsageError(f"no model {model}", expected=f"{', '.join(MODELS)}, or a folder with a config.json",
                          hint=f"did you mean {near[0]}?" if near else None)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}", expected="a JSON object", found=str(error)) from None
-    if not isinstance(config, dict):
-        raise UserError(f"cannot read {file}", expected="a JSON object", found=type(config).__name__)
-    return file.parent.resolve().name, config
+    return file.parent.resolve().name, config_file.read(file)
