@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from fusec.bench import kernels
 from fusec.bench.attention import lengths_of
 from fusec.bench.cli import bench
-from fusec.bench.decode import case, decode_bytes
-from fusec.bench.engine import compiled_for, need_gpu, pick
+from fusec.bench.decode import case, decode_bytes, generate, ramp
+from fusec.bench.engine import compiled_for, make_llm, need_gpu, pick
 from fusec.bench.limits import microseconds
 from fusec.bench.shapes import MODELS, config_of
 from fusec.codegen.traffic import Traffic
@@ -192,3 +192,26 @@ def test_a_kernel_is_held_against_the_nearer_limit():
     assert (slow["limit"], slow["share"], slow["step_us"]) == ("bandwidth", 0.5, 320.0)
     wide = kernels.case("prefill", "o_proj", 32, 100.0, Traffic(weights=1000, flops=35_000_000_000), read=4545.0, peak=700.0)
     assert (wide["limit"], wide["share"]) == ("matmul rate", 0.5)
+
+
+@pytest.mark.parametrize("batch, context", [(1, 8), (3, 20), (8, 33), (5, 64)])
+def test_two_runs_compute_their_prompts_in_the_same_steps(batch, context):
+    """What the difference of two runs divides by `steps` must be steps of decoding alone."""
+    budget = min(64, batch * context)
+    config = TINY | {"max_position_embeddings": 512}
+    llm = make_llm(config, device=torch.device("cpu"), dtype="float32", batch=batch, longest=context + 60, budget=budget)
+    mixed, real = [], llm.engine.runner.launch
+
+    def launch(plan):
+        mixed.append(not plan.decode_only)
+        return real(plan)
+
+    llm.engine.runner.launch = launch
+    first = ramp(batch, context, budget)
+    runs = []
+    for count in (first, first + 9):
+        mixed.clear()
+        generate(llm, batch, context, count)
+        runs.append(list(mixed))
+    short, long = runs
+    assert len(long) == len(short) + 9 and sum(long) == sum(short)

@@ -1,6 +1,7 @@
 """Decoding: the time of an output token, in `generate` as a user calls it and of a step on the device alone.
 
-    tpot_ms      (a run of steps + 1 tokens less a run of one) / steps, by the clock on the wall: with scheduling and sampling
+    tpot_ms      (a run of some tokens and `steps` more, less a run of some) / steps, by the clock on the wall: with scheduling
+                 and sampling. Some: so many that in both runs every prompt is computed in the same steps, beside the same others
     step_ms      a replay of the engine's own captured step (forward, sample, advance), by events on the device
     bytes        what a step must read: every weight once, and each sequence's history, halfway through the run
     GBps         bytes by tpot_ms
@@ -40,17 +41,19 @@ def bench_decode(models: list[str], batches: list[int], contexts: list[int], *, 
     for name, config in configs:
         kind = pick_dtype(dtype, chosen, config)
         compiled = compiled_for(config, kind)
-        longest = max(contexts) + steps + SPARE
-        say(f"{name}: loading random {kind} weights on {chosen}")
         budget = min(8192, max(batches) * max(contexts))
+        longest = max(contexts) + ramp(max(batches), max(contexts), budget) + steps + SPARE
+        say(f"{name}: loading random {kind} weights on {chosen}")
         llm = make_llm(config, device=chosen, dtype=kind, batch=max(batches), longest=longest, budget=budget)
         fill_caches(llm.program)
         generate(llm, 1, min(64, max(contexts)), 4)
         for context in contexts:
             for batch in batches:
-                tpot = time_per_token(llm, batch, context, steps, repeats)
-                step = step_milliseconds(llm, batch, context + steps // 2)
-                moved = decode_bytes(compiled, batch, context + steps // 2)
+                first = ramp(batch, context, budget)
+                tpot = time_per_token(llm, batch, context, first, steps, repeats)
+                halfway = context + first + steps // 2
+                step = step_milliseconds(llm, batch, halfway)
+                moved = decode_bytes(compiled, batch, halfway)
                 cases.append(case(name, batch, context, tpot, step, moved, read))
                 share = cases[-1]["share"]
                 say(f"{name}, batch {batch}, context {context}: {tpot:.3f} ms a token, {step:.3f} ms a step, {share:.1%}")
@@ -79,11 +82,17 @@ def generate(llm, batch: int, context: int, count: int) -> float:
     return seconds
 
 
-def time_per_token(llm, batch: int, context: int, steps: int, repeats: int) -> float:
-    """Milliseconds an output token, by the wall."""
-    generate(llm, batch, context, 4)  # captures the graphs of this batch
-    short = min(generate(llm, batch, context, 1) for _ in range(repeats))
-    long = min(generate(llm, batch, context, 1 + steps) for _ in range(repeats))
+def ramp(batch: int, context: int, budget: int) -> int:
+    """Tokens that the first of `batch` prompts has, at the most, when the last has its first: steps of `budget` tokens hold the
+    prompts and a token of each sequence that decodes already. One more, since decoding alone has begun then."""
+    return -(-batch * context // max(1, budget - batch)) + 1
+
+
+def time_per_token(llm, batch: int, context: int, first: int, steps: int, repeats: int) -> float:
+    """Milliseconds an output token, by the wall, from token `first` on."""
+    generate(llm, batch, context, first + 3)  # captures the graphs of this batch
+    short = min(generate(llm, batch, context, first) for _ in range(repeats))
+    long = min(generate(llm, batch, context, first + steps) for _ in range(repeats))
     return max(long - short, 1e-9) / steps * 1e3
 
 
