@@ -32,6 +32,8 @@ from fusec.codegen.module import preamble
 from fusec.runtime.batch import Batch
 
 FEW = {"gemv": 12, "skinny": 6}  # of a kernel's candidates that are tried in the whole step
+ALONE = 0.6  # of the budget for kernels alone; the rest is for whole steps
+LEAST = 0.2  # seconds that are left to each kernel still to be measured alone
 BETTER = 0.998  # of the step's time: what is no better than this is noise
 CONTEXT = 512  # tokens of history of a step that is measured
 PAGE = 16
@@ -118,27 +120,29 @@ class Tuner:
         on_result(what, form, tokens, microseconds, tiles) is called for each of its rows, and with "the whole step" for steps.
         """
         tell = on_result or (lambda *result: None)
-        deadline = time.monotonic() + budget
+        start = time.monotonic()
         self.program.allocate_cache(128 * PAGES, PAGE)
         for cache in self.program.caches.values():
             cache.normal_()
-        ranges = [(form, tokens) for form in forms for tokens in TOKENS[form]]
+        ranges = [(form, tokens) for form in forms for tokens in TOKENS[form]] if self.contractions else []
         jobs = [(f, *each, self.render(f, *each)) for each in ranges for f in self.contractions]
-        if jobs:
-            self.make_room([option for *_, options in jobs for option in options])
+        self.make_room([option for *_, options in jobs for option in options])
         warming = [[self.pool.submit(warm, self.job(f, option)) for option in options] for f, _, _, options in jobs]
-        attention = {tokens: self.warm_attention(self.measured(tokens)) for form, tokens in ranges if form != "matmul" and jobs}
-        alone: dict[tuple, dict] = {}
-        for (f, form, tokens, options), futures in zip(jobs, warming, strict=True):
-            found = self.alone(f, form, self.measured(tokens), options, futures, (time.monotonic() + deadline) / 2)
-            alone.setdefault((form, tokens), {})[f.name] = found
+        attention = {each: self.warm_attention(self.measured(each[1])) for each in ranges if each[0] != "matmul"}
+        ranked: dict[tuple, dict] = {each: {} for each in ranges}
+        deadlines = [start + ALONE * budget - LEAST * later for later in reversed(range(len(jobs)))]
+        for (f, form, tokens, options), futures, deadline in zip(jobs, warming, deadlines, strict=True):
+            if rows := self.alone(f, form, self.measured(tokens), options, futures, deadline):
+                ranked[form, tokens][f.name] = rows
         table: dict[str, list[dict]] = {}
-        for (form, tokens), ranked in alone.items():
-            ranked = {name: rows for name, rows in ranked.items() if rows}
-            choice = {name: rows[0][1] for name, rows in ranked.items()}
-            if form != "matmul" and choice:
-                few = {name: [option for _, option in rows[: FEW[form]]] for name, rows in ranked.items()}
-                choice, launch, ms = self.together(few, attention[tokens], self.measured(tokens), deadline)
+        for left, (form, tokens) in zip(range(len(ranges), 0, -1), ranges, strict=True):
+            found = ranked[form, tokens]
+            choice = {name: rows[0][1] for name, rows in found.items()}
+            if choice and form != "matmul":
+                few = {name: [option for _, option in rows[: FEW[form]]] for name, rows in found.items()}
+                now = time.monotonic()
+                deadline = now + (start + budget - now) / left
+                choice, launch, ms = self.together(few, attention[form, tokens], self.measured(tokens), deadline)
                 tell("the whole step", form, tokens, ms * 1e3, "")
                 if launch:
                     key, row = decode_row(launch, self.measured(tokens), BUCKET, self.program.dtype.itemsize)
@@ -149,7 +153,7 @@ class Tuner:
                     parts, tiles = Contraction(f.kernel.attrs["body"]), choice[f.name].tiles
                     key = schedule.key(form_of(tiles), parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
                     table.setdefault(key, []).append(asdict(tiles))
-                    tell(f.name, form, tokens, next(us for us, option in ranked[f.name] if option is choice[f.name]), tiles)
+                    tell(f.name, form, tokens, next(us for us, option in found[f.name] if option is choice[f.name]), tiles)
         self.pool.shutdown(wait=False, cancel_futures=True)
         return table
 
@@ -176,7 +180,9 @@ class Tuner:
         """Scratch for the partial results of any candidate."""
         p = self.program
         most = max((o.tiles.splits * o.tiles.tokens for o in options if o.form == "skinny"), default=1)
-        columns = max(2 * s.facts["rows"] for f in self.contractions for s in f.sources if "rows" in s.facts)
+        columns = max((2 * s.facts["rows"] for f in self.contractions for s in f.sources if "rows" in s.facts), default=0)
+        if not columns:
+            return
         p.partial = torch.empty(max(p.partial.numel(), most * (columns + 4096)), dtype=torch.float32, device=p.device)
         p.arrivals = torch.zeros(max(p.arrivals.numel(), columns), dtype=torch.int32, device=p.device)
 

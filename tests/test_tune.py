@@ -1,0 +1,61 @@
+"""The search of `fusec tune`, over made-up times of a step."""
+
+import time
+from types import SimpleNamespace
+
+from fusec.tune import ATTENTION, Tuner
+
+
+def tuner(milliseconds):
+    """A tuner whose steps take milliseconds(choice), and the choices that it tried."""
+    found = Tuner.__new__(Tuner)
+    found.tried, found.say = [], lambda text: None
+
+    def step(choice, tokens):
+        found.tried.append(dict(choice))
+        return milliseconds(choice)
+
+    found.step = step
+    return found
+
+
+def done(value):
+    return SimpleNamespace(result=lambda: value)
+
+
+FEW = {"qkv": ["a", "b", "c"], "o": ["x", "y"]}
+LAUNCHES = [("rule", done(None)), ("small", done(None)), ("broken", done("it does not compile"))]
+
+
+def test_what_is_fastest_together_wins():
+    """Alone a and x lead; beside a small attention b and y are better, and only then."""
+
+    def milliseconds(choice):
+        small = choice[ATTENTION] == "small"
+        return 10 - small - 2 * (small and choice["qkv"] == "b") - (choice["qkv"] == "b" and choice["o"] == "y")
+
+    search = tuner(milliseconds)
+    choice, launch, ms = search.together(FEW, LAUNCHES, 1, time.monotonic() + 60)
+    assert (choice, launch, ms) == ({"qkv": "b", "o": "y"}, "small", 6)
+    assert not any(trial[ATTENTION] == "broken" for trial in search.tried)
+
+
+def test_noise_changes_nothing():
+    choice, launch, _ = tuner(lambda choice: 1 - 0.001 * (choice["o"] == "y")).together(FEW, LAUNCHES, 1, time.monotonic() + 60)
+    assert (choice, launch) == ({"qkv": "a", "o": "x"}, "rule")
+
+
+def test_a_candidate_that_fails_is_none():
+    def milliseconds(choice):
+        if choice["qkv"] == "c":
+            raise RuntimeError("out of resource: shared memory")
+        return 2 - (choice["o"] == "y")
+
+    choice, _, ms = tuner(milliseconds).together(FEW, [], 1, time.monotonic() + 60)
+    assert (choice["o"], ms) == ("y", 1)
+
+
+def test_without_time_the_fastest_alone_stay():
+    search = tuner(lambda choice: 1.0)
+    assert search.together(FEW, LAUNCHES, 1, time.monotonic() - 1) == ({"qkv": "a", "o": "x"}, "rule", 1.0)
+    assert len(search.tried) == 1
