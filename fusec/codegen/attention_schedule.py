@@ -62,36 +62,42 @@ def decode_launch(
     """The launch of the decode kernel for `batch` sequences (padding rows included) of at most `max_context` tokens.
 
     Splits are fixed here, for a captured graph; each sequence's share of them is computed on the device from its own length.
-    A table per GPU answers first (see schedule). The rule, measured on an H200 with 32 query heads, 8 KV heads of 128: one
-    sequence's neighbours in a step are matrix-vector kernels, and what needs more than LITTLE shared memory cannot share a
-    multiprocessor with them; a program per multiprocessor with large tiles wins while there are few (sequence, head) pairs;
-    beyond, small tiles with many programs a multiprocessor, and splits only for contexts so long that one of them would outlast
-    the rest of the batch.
+    A row of the GPU's table (see schedule) answers first, then `decode_rule`.
     """
-    row = max(padded(K), padded(J)) * itemsize  # bytes of one position in a tile
+    rows = schedule.lookup(gpu, "decode", G, R, K, J, itemsize) or ()
+    tile = next((row for row in rows if row["sequences"] >= batch and row["context"] >= max_context), None)
+    if tile is None:
+        width = max(padded(K), padded(J)) * itemsize
+        tile = decode_rule(batch, max_context, G=G, R=R, width=width, multiprocessors=multiprocessors)
+    constants = dict(G=G, R=R, K=K, J=J, PAGE=page, BLOCK_R=max(16, padded(R)), BLOCK_K=padded(K), BLOCK_J=padded(J), PDL=pdl)
+    constants |= dict(BLOCK_N=tile["block_n"], SPLITS=tile["splits"], CHUNK=tile["chunk"])
+    return Launch((G, batch, tile["splits"]), constants, tile["num_warps"], tile["num_stages"])
+
+
+def decode_rule(batch: int, max_context: int, *, G: int, R: int, width: int, multiprocessors: int) -> dict[str, int]:
+    """The tile of decode attention without a table.  width: bytes of one position's keys.
+
+    Measured on an H200 with 32 query heads, 8 KV heads of 128. One sequence's neighbours in a step are matrix-vector kernels, and
+    what needs more than LITTLE shared memory cannot share a multiprocessor with them. A program per multiprocessor with large
+    tiles wins while there are few (sequence, head) pairs; beyond, small tiles with many programs a multiprocessor, and splits
+    only for contexts so long that one of them would outlast the rest of the batch.
+    """
     pairs = batch * G
+    several = 1 << (multiprocessors // pairs or 1).bit_length() - 1  # programs a pair that fill the GPU
     if batch == 1:  # long contexts: two programs a multiprocessor, as one keeps too few loads in flight
-        splits = 1 << (multiprocessors // pairs).bit_length() - (max_context <= 1024)
-        block_n, num_warps, num_stages = 16384 // row, 4, 2
+        block_n, num_warps, num_stages, splits = 16384 // width, 4, 2, several * (2 if max_context > 1024 else 1)
     elif pairs <= multiprocessors:
-        block_n, num_warps, num_stages, splits = 128, 4, 3, 1 << (multiprocessors // pairs).bit_length() - 1
+        block_n, num_warps, num_stages, splits = 128, 4, 3, several
     elif pairs <= 2 * multiprocessors:
         block_n, num_warps, num_stages, splits = 64, 4, 3, 4
     else:
         block_n, num_warps, num_stages, splits = 32, 2, 4, 4 if pairs <= 4 * multiprocessors else 2
-    wide = (max(1, row // 256) if batch > 1 else 1) * max(1, padded(R) // 16)
+    wide = (max(1, width // 256) if batch > 1 else 1) * max(1, padded(R) // 16)
     block_n = max(16, block_n // wide)
     num_warps = num_warps if wide == 1 else 4 if R <= 32 else 8
     chunk = block_n if pairs <= multiprocessors else 2048 if pairs <= 4 * multiprocessors else 4096
     splits = min(splits, 64, padded(-(-max_context // chunk)))
-    for entry in schedule.lookup(gpu, "decode", G, R, K, J, itemsize) or ():
-        if entry["sequences"] >= batch and entry["context"] >= max_context:
-            block_n, splits, chunk = entry["block_n"], entry["splits"], entry["chunk"]
-            num_warps, num_stages = entry["num_warps"], entry["num_stages"]
-            break
-    constants = dict(G=G, R=R, K=K, J=J, PAGE=page, BLOCK_R=max(16, padded(R)), BLOCK_K=padded(K), BLOCK_J=padded(J), PDL=pdl)
-    constants |= dict(BLOCK_N=block_n, SPLITS=splits, CHUNK=chunk)
-    return Launch((G, batch, splits), constants, num_warps, num_stages)
+    return dict(block_n=block_n, splits=splits, chunk=chunk, num_warps=num_warps, num_stages=num_stages)
 
 
 def decode_row(launch: Launch, sequences: int, context: int, itemsize: int) -> tuple[str, dict]:

@@ -50,14 +50,14 @@ def skinny(rows, k, leaves, itemsize, tokens) -> list[schedule.Skinny]:
         shared = stages * (n * leaves + 2 * tokens) * bk * itemsize
         registers = max(64, 2 * n * leaves * tokens // threads)
         resident = min(SHARED // shared, 2048 // threads, REGISTERS // (threads * registers))
-        most, least = MULTIPROCESSORS * resident, 0.7 * MULTIPROCESSORS if tiles * 16 >= MULTIPROCESSORS else tiles * splits
-        if k % bk or not 32 <= n * leaves <= 128 or (warps == 8 and n * leaves < 64) or not resident:
-            continue
-        if splits > 1 and (share < 2 * bk or (splits - 1) * share >= k or tiles * splits > most):
-            continue
-        if tiles * splits < least or tokens <= 32 and most < tiles <= 4 * MULTIPROCESSORS:
-            continue
-        found.append(schedule.Skinny(tokens, tokens, n, bk, splits, warps, stages))
+        wave = MULTIPROCESSORS * resident
+        fits = k % bk == 0 and 32 <= n * leaves <= 128 and (warps == 4 or n * leaves >= 64) and resident > 0
+        splits_well = splits == 1 or share >= 2 * bk and (splits - 1) * share < k and tiles * splits <= wave
+        enough = tiles * splits >= 0.7 * MULTIPROCESSORS or tiles * 16 < MULTIPROCESSORS
+        # Many tokens are bound by arithmetic too, and a matrix of very many rows runs in many waves: the last is no matter there.
+        one_wave = tiles <= wave or tiles > 4 * MULTIPROCESSORS or tokens > 32
+        if fits and splits_well and enough and one_wave:
+            found.append(schedule.Skinny(tokens, tokens, n, bk, splits, warps, stages))
     found.sort(key=lambda t: (-t.block_n, t.splits, t.block_k))
     return found[:: -(-len(found) // MOST)] if found else []
 
