@@ -20,7 +20,7 @@ def llama():
 def test_layers_are_folded(llama):
     runs = fold(llama.module)
     assert [(run.name, run.count, [launch.function for launch in run.launches]) for run in runs] == [
-        ("", 1, ["embed_tokens", "positions"]),
+        ("", 1, ["embed_tokens_positions"]),
         ("model.layers", 32, ["q_k_v_proj", "attention", "o_proj", "gate_up_proj", "down_proj"]),
         ("", 1, ["lm_head"])]
     assert sum(run.count * len(run.launches) for run in runs) == len(llama.module.launches)
@@ -36,7 +36,7 @@ def test_layers_of_two_kinds_are_folded_in_pairs():
 def test_the_summary_names_kernels_lines_and_floors(llama):
     text = explain_program(llama)
     assert "Llama from llama.fuse, bfloat16" in text
-    assert "163 launches a step, 5 a layer; 8 distinct kernels" in text
+    assert "162 launches a step, 5 a layer; 7 distinct kernels" in text
     assert "model.layers, 32 times: 5 kernels" in text
     assert "  q_k_v_proj   llama.fuse:27-30, 45" in text
     assert "235 MB weights" in text and "floor 51.69 µs" in text
@@ -79,7 +79,7 @@ def test_bytes_of_a_contraction_and_of_attention(llama):
     attention = traffic(kernels["attention"], Step(8, 8, 512))
     assert attention.history == 8 * 512 * 2 * 8 * 128 * 2 and attention.weights == 0
     assert attention.flops == 2 * 2 * 8 * 512 * 32 * 128
-    assert traffic(kernels["embed_tokens"], Step(3, 3, 512)).weights == 3 * 4096 * 2
+    assert traffic(kernels["embed_tokens_positions"], Step(3, 3, 512)).weights == 3 * 4096 * 2 + 64 * 4
 
 
 def test_causal_prefill_counts_half_the_pairs():

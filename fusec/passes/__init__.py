@@ -7,9 +7,11 @@ from .hoist_invariants import hoist_invariants
 from .merge_projections import merge_projections
 from .plan_memory import plan_memory
 from .select_rows import select_rows
+from .share_launches import share_launches
 from .simplify import simplify
 
-PIPELINE = (simplify, hoist_invariants, select_rows, merge_projections, commute_scales, simplify, fuse, plan_memory)
+PIPELINE = (simplify, hoist_invariants, select_rows, merge_projections, commute_scales, simplify, fuse, share_launches,
+            plan_memory)  # fmt: skip
 
 # On a machine without a GPU torch runs the graph: fewer, larger contractions, and arithmetic as the program's text has it.
 TORCH_PIPELINE = (simplify, hoist_invariants, select_rows, merge_projections, simplify)

@@ -33,11 +33,11 @@ def test_launches(example):
     for name in names[1:-1]:
         if name == "c_proj":
             found += "o" if found[-1] == "a" else "d"
-        elif name != "positions":
+        else:
             found += LETTERS.get(name, "n")
     layers = TINY[example].get("num_hidden_layers") or TINY[example]["n_layer"]
     assert found == LAYER[example] * layers
-    assert names.count("positions") == (example != "gpt2")  # learned positions need no sines
+    assert ("positions" in names[0]) == (example != "gpt2")  # the embedding's launch; learned positions need no sines
 
 
 @pytest.mark.parametrize("example", ["llama", "mistral", "phi3", "qwen2", "gpt2", "qwen3"])
@@ -105,5 +105,5 @@ def test_the_step_selects_rows_before_the_head():
 
 def test_like_layers_share_their_kernels():
     module = compile(EXAMPLES / "llama.fuse", TINY["llama"] | {"num_hidden_layers": 6}).module
-    assert len(module.functions) == 3 + 5
+    assert len(module.functions) == 2 + 5
     assert {f.count for f in module.functions} == {1, 6}

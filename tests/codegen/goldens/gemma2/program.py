@@ -13,16 +13,10 @@ import kernels
 PDL = True  # each launch starts while the one before it drains, and waits for its results where it needs them
 
 
-def embed_tokens(T, ids, embed_tokens, out):
-    kernels.embed_tokens[(triton.cdiv(T, 1),)](
-        ids, embed_tokens, out, T,
+def embed_tokens_positions(T, ids, embed_tokens, out0, pos, table, out1, out2):
+    kernels.embed_tokens_positions[(triton.cdiv(T, 1),)](
+        ids, embed_tokens, out0, pos, table, out1, out2, T,
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
-
-
-def positions(T, pos, table, out0, out1):
-    kernels.positions[(triton.cdiv(T, 8),)](
-        pos, table, out0, out1, T,
-        BLOCK_M=8, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def q_k_v_proj(m, T, q_k_v_proj, x, constant, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
@@ -228,25 +222,25 @@ def rows(T, x, x_2, post_feedforward_layernorm, out):
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
 
 
-def embed_tokens_2(N, embed_tokens, rows, x, norm, out, partial, arrivals):
+def embed_tokens(N, embed_tokens, rows, x, norm, out, partial, arrivals):
     if N == 1:
-        kernels.embed_tokens_2_gemv[(triton.cdiv(256000, 8),)](
+        kernels.embed_tokens_gemv[(triton.cdiv(256000, 8),)](
             embed_tokens, rows, x, norm, out,
             BLOCK_N=8, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif N <= 16:
-        kernels.embed_tokens_2_skinny[(triton.cdiv(N, 16) * triton.cdiv(256000, 32), 1)](
+        kernels.embed_tokens_skinny[(triton.cdiv(N, 16) * triton.cdiv(256000, 32), 1)](
             embed_tokens, rows, x, norm, out, partial, arrivals, N,
             BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif N <= 32:
-        kernels.embed_tokens_2_skinny[(triton.cdiv(N, 32) * triton.cdiv(256000, 32), 1)](
+        kernels.embed_tokens_skinny[(triton.cdiv(N, 32) * triton.cdiv(256000, 32), 1)](
             embed_tokens, rows, x, norm, out, partial, arrivals, N,
             BLOCK_M=32, BLOCK_N=32, BLOCK_K=128, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif N <= 64:
-        kernels.embed_tokens_2_skinny[(triton.cdiv(N, 64) * triton.cdiv(256000, 32), 1)](
+        kernels.embed_tokens_skinny[(triton.cdiv(N, 64) * triton.cdiv(256000, 32), 1)](
             embed_tokens, rows, x, norm, out, partial, arrivals, N,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     else:
-        kernels.embed_tokens_2_matmul[(triton.cdiv(N, 128) * triton.cdiv(256000, 128),)](
+        kernels.embed_tokens_matmul[(triton.cdiv(N, 128) * triton.cdiv(256000, 128),)](
             embed_tokens, rows, x, norm, out, N,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
 
@@ -256,8 +250,7 @@ def step(m, b):
     w, c = m.weights, m.caches
     T, N = b.ids.shape[0], b.rows.shape[0]
     logits = torch.empty((N, 256000), dtype=torch.float32, device=b.ids.device)
-    embed_tokens(T, b.ids, w["model.embed_tokens"], m.x)
-    positions(T, b.positions, w["constants.table"], m.cos, m.sin)
+    embed_tokens_positions(T, b.ids, w["model.embed_tokens"], m.x, b.positions, w["constants.table"], m.cos, m.sin)
     q_k_v_proj(m, T, w["model.layers.0.q_k_v_proj"], m.x, w["constants.constant"], m.cos, m.sin, m.x_2,
             c["model.layers.0.self_attn.k"], b.slots, c["model.layers.0.self_attn.v"], m.partial, m.arrivals)
     attention(m, b, m.x_2, c["model.layers.0.self_attn.k"], c["model.layers.0.self_attn.v"], m.attended)
@@ -275,5 +268,5 @@ def step(m, b):
     gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x, m.rsqrt_3, m.x_9, m.partial, m.arrivals)
     down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_9, m.x_10, m.partial, m.arrivals)
     rows(T, m.x_10, m.x, w["model.layers.1.post_feedforward_layernorm"], m.x_11)
-    embed_tokens_2(N, w["model.embed_tokens"], b.rows, m.x_11, w["model.norm"], logits, m.partial, m.arrivals)
+    embed_tokens(N, w["model.embed_tokens"], b.rows, m.x_11, w["model.norm"], logits, m.partial, m.arrivals)
     return logits

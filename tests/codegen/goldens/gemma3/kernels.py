@@ -17,7 +17,9 @@ def fetch(addresses, wanted):
 
 
 @triton.jit(do_not_specialize=["T"])
-def embed_tokens(ids_ptr, embed_tokens_ptr, out_ptr, T, BLOCK_M: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_positions(ids_ptr, embed_tokens_ptr, out0_ptr, pos_ptr, table_ptr, out1_ptr, out2_ptr, T,
+                           BLOCK_M: tl.constexpr, PDL: tl.constexpr):
+    # gemma3.fuse:38   q = rope[K](q_norm(q_proj(x)), pos, near if local else whole)
     # gemma3.fuse:67   x = embed_tokens(ids)
     if PDL:
         gdc_launch_dependents()
@@ -29,7 +31,13 @@ def embed_tokens(ids_ptr, embed_tokens_ptr, out_ptr, T, BLOCK_M: tl.constexpr, P
     j_mask = j < 1152
     ids = tl.load(ids_ptr + m, mask=m_mask, other=0)
     embed_tokens = tl.load(embed_tokens_ptr + ids * 1152 + j, mask=m_mask & j_mask, other=0).to(tl.float32)
-    tl.store(out_ptr + m * 1152 + j, embed_tokens, mask=j_mask & m_mask)
+    tl.store(out0_ptr + m * 1152 + j, embed_tokens, mask=j_mask & m_mask)
+    j_2 = tl.arange(0, 128)[None, :]
+    pos = tl.load(pos_ptr + m, mask=m_mask, other=0)
+    table = tl.load(table_ptr + j_2).to(tl.float32)
+    v = pos.to(tl.float32) * table
+    tl.store(out1_ptr + m * 128 + j_2, tl.cos(v), mask=m_mask)
+    tl.store(out2_ptr + m * 128 + j_2, tl.sin(v), mask=m_mask)
 
 
 @triton.jit
@@ -281,23 +289,6 @@ def q_k_v_proj_epilogue(out0_ptr, out1_ptr, v_cache_ptr, slots_ptr, product_ptr,
         i_2 = n - 1280
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
         tl.store(v_cache_ptr + slot * 256 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
-
-
-@triton.jit(do_not_specialize=["T"])
-def positions(pos_ptr, table_ptr, out0_ptr, out1_ptr, T, BLOCK_M: tl.constexpr, PDL: tl.constexpr):
-    # gemma3.fuse:38   q = rope[K](q_norm(q_proj(x)), pos, near if local else whole)
-    if PDL:
-        gdc_launch_dependents()
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    m_mask = m < T
-    if PDL:
-        gdc_wait()
-    j = tl.arange(0, 128)[None, :]
-    pos = tl.load(pos_ptr + m, mask=m_mask, other=0)
-    table = tl.load(table_ptr + j).to(tl.float32)
-    v = pos.to(tl.float32) * table
-    tl.store(out0_ptr + m * 128 + j, tl.cos(v), mask=m_mask)
-    tl.store(out1_ptr + m * 128 + j, tl.sin(v), mask=m_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -1227,8 +1218,8 @@ def rows(x_ptr, x_2_ptr, post_feedforward_layernorm_ptr, out_ptr, T, BLOCK_M: tl
 
 
 @triton.jit
-def embed_tokens_2_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BLOCK_N: tl.constexpr,
-                        BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BLOCK_N: tl.constexpr,
+                      BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:59   h + post_feedforward_layernorm(mlp(pre_feedforward_layernorm(h)))
@@ -1267,9 +1258,9 @@ def embed_tokens_2_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BL
 
 
 @triton.jit(do_not_specialize=["T"])
-def embed_tokens_2_skinny(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, partial_ptr, arrivals_ptr, T,
-                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                          STAGES: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_skinny(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, partial_ptr, arrivals_ptr, T,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                        STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:59   h + post_feedforward_layernorm(mlp(pre_feedforward_layernorm(h)))
@@ -1336,9 +1327,9 @@ def embed_tokens_2_skinny(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, 
 
 
 @triton.jit(do_not_specialize=["T"])
-def embed_tokens_2_matmul(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, T, BLOCK_M: tl.constexpr,
-                          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-                          PDL: tl.constexpr):
+def embed_tokens_matmul(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, T, BLOCK_M: tl.constexpr,
+                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+                        PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:59   h + post_feedforward_layernorm(mlp(pre_feedforward_layernorm(h)))

@@ -13,9 +13,9 @@ import kernels
 PDL = True  # each launch starts while the one before it drains, and waits for its results where it needs them
 
 
-def embed_tokens(T, ids, embed_tokens, out):
-    kernels.embed_tokens[(triton.cdiv(T, 1),)](
-        ids, embed_tokens, out, T,
+def embed_tokens_positions(T, ids, embed_tokens, out0, pos, table, out1, out2):
+    kernels.embed_tokens_positions[(triton.cdiv(T, 1),)](
+        ids, embed_tokens, out0, pos, table, out1, out2, T,
         BLOCK_M=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
@@ -50,12 +50,6 @@ def q_k_v_proj(m, T, q_k_v_proj, x, constant, out0, out1, v_cache, slots, partia
         kernels.q_k_v_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(1536, 256),)](
             out0, out1, v_cache, slots, product, stats, T,
             BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
-
-
-def positions(T, pos, table, out0, out1):
-    kernels.positions[(triton.cdiv(T, 8),)](
-        pos, table, out0, out1, T,
-        BLOCK_M=8, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def self_attn(T, x, q_norm, cos, q_norm_2, sin, out, x_2, k_norm, k_norm_2, k_cache, slots):
@@ -219,25 +213,25 @@ def rows(T, x, x_2, post_feedforward_layernorm, out):
         BLOCK_M=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def embed_tokens_2(N, embed_tokens, rows, x, norm, out, partial, arrivals):
+def embed_tokens(N, embed_tokens, rows, x, norm, out, partial, arrivals):
     if N == 1:
-        kernels.embed_tokens_2_gemv[(triton.cdiv(262144, 4),)](
+        kernels.embed_tokens_gemv[(triton.cdiv(262144, 4),)](
             embed_tokens, rows, x, norm, out,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif N <= 16:
-        kernels.embed_tokens_2_skinny[(triton.cdiv(N, 16) * triton.cdiv(262144, 32), 1)](
+        kernels.embed_tokens_skinny[(triton.cdiv(N, 16) * triton.cdiv(262144, 32), 1)](
             embed_tokens, rows, x, norm, out, partial, arrivals, N,
             BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif N <= 32:
-        kernels.embed_tokens_2_skinny[(triton.cdiv(N, 32) * triton.cdiv(262144, 32), 1)](
+        kernels.embed_tokens_skinny[(triton.cdiv(N, 32) * triton.cdiv(262144, 32), 1)](
             embed_tokens, rows, x, norm, out, partial, arrivals, N,
             BLOCK_M=32, BLOCK_N=32, BLOCK_K=128, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif N <= 64:
-        kernels.embed_tokens_2_skinny[(triton.cdiv(N, 64) * triton.cdiv(262144, 32), 1)](
+        kernels.embed_tokens_skinny[(triton.cdiv(N, 64) * triton.cdiv(262144, 32), 1)](
             embed_tokens, rows, x, norm, out, partial, arrivals, N,
             BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     else:
-        kernels.embed_tokens_2_matmul[(triton.cdiv(N, 128) * triton.cdiv(262144, 128),)](
+        kernels.embed_tokens_matmul[(triton.cdiv(N, 128) * triton.cdiv(262144, 128),)](
             embed_tokens, rows, x, norm, out, N,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GROUP=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
 
@@ -247,10 +241,9 @@ def step(m, b):
     w, c = m.weights, m.caches
     T, N = b.ids.shape[0], b.rows.shape[0]
     logits = torch.empty((N, 262144), dtype=torch.float32, device=b.ids.device)
-    embed_tokens(T, b.ids, w["model.embed_tokens"], m.x)
+    embed_tokens_positions(T, b.ids, w["model.embed_tokens"], m.x, b.positions, w["constants.table"], m.cos, m.sin)
     q_k_v_proj(m, T, w["model.layers.0.q_k_v_proj"], m.x, w["constants.constant"], m.x_2, m.x_3,
             c["model.layers.0.self_attn.v"], b.slots, m.partial, m.arrivals)
-    positions(T, b.positions, w["constants.table"], m.cos, m.sin)
     self_attn(T, m.x_2, w["model.layers.0.self_attn.q_norm"], m.cos, w["model.layers.0.self_attn.q_norm_2"], m.sin,
             m.x_4, m.x_3, w["model.layers.0.self_attn.k_norm"], w["model.layers.0.self_attn.k_norm_2"],
             c["model.layers.0.self_attn.k"], b.slots)
@@ -260,17 +253,17 @@ def step(m, b):
             m.x_6, m.rsqrt)
     gate_up_proj(m, T, w["model.layers.0.gate_up_proj"], m.x_6, m.rsqrt, m.x_7, m.partial, m.arrivals)
     down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_7, m.x, m.partial, m.arrivals)
-    input_layernorm(T, m.x, m.x_6, w["model.layers.0.post_feedforward_layernorm"], m.x_5, m.rsqrt)
-    q_k_v_proj_2(m, T, w["model.layers.1.q_k_v_proj"], m.x_5, m.rsqrt, m.x_8, m.x_9, c["model.layers.1.self_attn.v"],
-            b.slots, m.partial, m.arrivals)
-    self_attn(T, m.x_8, w["model.layers.1.self_attn.q_norm"], m.cos, w["model.layers.1.self_attn.q_norm_2"], m.sin,
-            m.x_10, m.x_9, w["model.layers.1.self_attn.k_norm"], w["model.layers.1.self_attn.k_norm_2"],
+    input_layernorm(T, m.x, m.x_6, w["model.layers.0.post_feedforward_layernorm"], m.x_8, m.rsqrt_2)
+    q_k_v_proj_2(m, T, w["model.layers.1.q_k_v_proj"], m.x_8, m.rsqrt_2, m.x_9, m.x_10,
+            c["model.layers.1.self_attn.v"], b.slots, m.partial, m.arrivals)
+    self_attn(T, m.x_9, w["model.layers.1.self_attn.q_norm"], m.cos, w["model.layers.1.self_attn.q_norm_2"], m.sin,
+            m.x_11, m.x_10, w["model.layers.1.self_attn.k_norm"], w["model.layers.1.self_attn.k_norm_2"],
             c["model.layers.1.self_attn.k"], b.slots)
-    attention(m, b, m.x_10, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.x_8)
-    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.x_8, m.x_11, m.partial, m.arrivals)
-    pre_feedforward_layernorm_2(T, m.x_11, m.x_5, w["model.layers.1.post_attention_layernorm"], m.x_12, m.rsqrt_2)
-    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_12, m.rsqrt_2, m.x_13, m.partial, m.arrivals)
-    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_13, m.x, m.partial, m.arrivals)
-    rows(T, m.x, m.x_12, w["model.layers.1.post_feedforward_layernorm"], m.x_6)
-    embed_tokens_2(N, w["model.embed_tokens"], b.rows, m.x_6, w["model.norm"], logits, m.partial, m.arrivals)
+    attention(m, b, m.x_11, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.x_9)
+    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.x_9, m.x_12, m.partial, m.arrivals)
+    pre_feedforward_layernorm_2(T, m.x_12, m.x_8, w["model.layers.1.post_attention_layernorm"], m.x, m.rsqrt_3)
+    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x, m.rsqrt_3, m.x_13, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_13, m.x_14, m.partial, m.arrivals)
+    rows(T, m.x_14, m.x, w["model.layers.1.post_feedforward_layernorm"], m.x_15)
+    embed_tokens(N, w["model.embed_tokens"], b.rows, m.x_15, w["model.norm"], logits, m.partial, m.arrivals)
     return logits

@@ -13,16 +13,10 @@ import kernels
 PDL = True  # each launch starts while the one before it drains, and waits for its results where it needs them
 
 
-def embed_tokens(T, ids, embed_tokens, out):
-    kernels.embed_tokens[(triton.cdiv(T, 1),)](
-        ids, embed_tokens, out, T,
+def embed_tokens_positions(T, ids, embed_tokens, out0, pos, table, out1, out2):
+    kernels.embed_tokens_positions[(triton.cdiv(T, 1),)](
+        ids, embed_tokens, out0, pos, table, out1, out2, T,
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
-
-
-def positions(T, pos, table, out0, out1):
-    kernels.positions[(triton.cdiv(T, 16),)](
-        pos, table, out0, out1, T,
-        BLOCK_M=16, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
@@ -200,8 +194,7 @@ def step(m, b):
     w, c = m.weights, m.caches
     T, N = b.ids.shape[0], b.rows.shape[0]
     logits = torch.empty((N, 128256), dtype=torch.float32, device=b.ids.device)
-    embed_tokens(T, b.ids, w["model.embed_tokens"], m.x)
-    positions(T, b.positions, w["constants.table"], m.cos, m.sin)
+    embed_tokens_positions(T, b.ids, w["model.embed_tokens"], m.x, b.positions, w["constants.table"], m.cos, m.sin)
     q_k_v_proj(m, T, w["model.layers.0.q_k_v_proj"], m.x, m.cos, m.sin, m.x_2, c["model.layers.0.self_attn.k"],
             b.slots, c["model.layers.0.self_attn.v"], m.partial, m.arrivals)
     attention(m, b, m.x_2, c["model.layers.0.self_attn.k"], c["model.layers.0.self_attn.v"], m.attended)

@@ -13,9 +13,9 @@ import kernels
 PDL = True  # each launch starts while the one before it drains, and waits for its results where it needs them
 
 
-def embed_tokens(T, ids, embed_tokens, out):
-    kernels.embed_tokens[(triton.cdiv(T, 1),)](
-        ids, embed_tokens, out, T,
+def embed_tokens_positions(T, ids, embed_tokens, out0, pos, table, out1, out2):
+    kernels.embed_tokens_positions[(triton.cdiv(T, 1),)](
+        ids, embed_tokens, out0, pos, table, out1, out2, T,
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
 
 
@@ -46,12 +46,6 @@ def q_k_v_proj(m, T, q_k_v_proj, x, out0, out1, v_cache, slots, partial, arrival
         kernels.q_k_v_proj_epilogue[(triton.cdiv(T, 8) * triton.cdiv(12288, 256),)](
             out0, out1, v_cache, slots, product, T,
             BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
-
-
-def positions(T, pos, table, out0, out1):
-    kernels.positions[(triton.cdiv(T, 16),)](
-        pos, table, out0, out1, T,
-        BLOCK_M=16, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
 def self_attn(T, x, x_2, q_norm, cos, q_norm_2, sin, out, k_norm, k_norm_2, k_cache, slots):
@@ -207,10 +201,9 @@ def step(m, b):
     w, c = m.weights, m.caches
     T, N = b.ids.shape[0], b.rows.shape[0]
     logits = torch.empty((N, 100352), dtype=torch.float32, device=b.ids.device)
-    embed_tokens(T, b.ids, w["model.embed_tokens"], m.x)
+    embed_tokens_positions(T, b.ids, w["model.embed_tokens"], m.x, b.positions, w["constants.table"], m.cos, m.sin)
     q_k_v_proj(m, T, w["model.layers.0.self_attn.q_k_v_proj"], m.x, m.x_2, m.x_3, c["model.layers.0.self_attn.v"],
             b.slots, m.partial, m.arrivals)
-    positions(T, b.positions, w["constants.table"], m.cos, m.sin)
     self_attn(T, m.x_2, m.x_3, w["model.layers.0.self_attn.q_norm"], m.cos, w["model.layers.0.self_attn.q_norm_2"],
             m.sin, m.x_4, w["model.layers.0.self_attn.k_norm"], w["model.layers.0.self_attn.k_norm_2"],
             c["model.layers.0.self_attn.k"], b.slots)
@@ -226,10 +219,10 @@ def step(m, b):
             m.sin, m.x_4, w["model.layers.1.self_attn.k_norm"], w["model.layers.1.self_attn.k_norm_2"],
             c["model.layers.1.self_attn.k"], b.slots)
     attention(m, b, m.x_4, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.x)
-    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.x, m.x_2, m.partial, m.arrivals)
-    rows(T, m.x_2, m.x_3, w["model.layers.1.post_attention_layernorm"], m.x)
-    gate_up_proj(m, T, w["model.layers.1.mlp.gate_up_proj"], m.x, m.x_6, m.partial, m.arrivals)
-    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_6, m.x_7, m.partial, m.arrivals)
-    rows_2(T, m.x_7, m.x, w["model.layers.1.post_feedforward_layernorm"], m.x_2)
-    lm_head(N, w["lm_head"], b.rows, m.x_2, logits, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.x, m.x_6, m.partial, m.arrivals)
+    rows(T, m.x_6, m.x_3, w["model.layers.1.post_attention_layernorm"], m.x)
+    gate_up_proj(m, T, w["model.layers.1.mlp.gate_up_proj"], m.x, m.x_7, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_7, m.x_8, m.partial, m.arrivals)
+    rows_2(T, m.x_8, m.x, w["model.layers.1.post_feedforward_layernorm"], m.x_6)
+    lm_head(N, w["lm_head"], b.rows, m.x_6, logits, m.partial, m.arrivals)
     return logits

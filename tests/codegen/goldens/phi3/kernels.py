@@ -17,7 +17,9 @@ def fetch(addresses, wanted):
 
 
 @triton.jit(do_not_specialize=["T"])
-def embed_tokens(ids_ptr, embed_tokens_ptr, out_ptr, T, BLOCK_M: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_positions(ids_ptr, embed_tokens_ptr, out0_ptr, pos_ptr, table_ptr, out1_ptr, out2_ptr, T,
+                           BLOCK_M: tl.constexpr, PDL: tl.constexpr):
+    # phi3.fuse:26   q, k = rope[K](q, pos, freqs), rope[K](k, pos, freqs)
     # phi3.fuse:51   x = embed_tokens(ids)
     if PDL:
         gdc_launch_dependents()
@@ -29,25 +31,14 @@ def embed_tokens(ids_ptr, embed_tokens_ptr, out_ptr, T, BLOCK_M: tl.constexpr, P
     j_mask = j < 3072
     ids = tl.load(ids_ptr + m, mask=m_mask, other=0)
     embed_tokens = tl.load(embed_tokens_ptr + ids * 3072 + j, mask=m_mask & j_mask, other=0).to(tl.float32)
-    tl.store(out_ptr + m * 3072 + j, embed_tokens, mask=j_mask & m_mask)
-
-
-@triton.jit(do_not_specialize=["T"])
-def positions(pos_ptr, table_ptr, out0_ptr, out1_ptr, T, BLOCK_M: tl.constexpr, PDL: tl.constexpr):
-    # phi3.fuse:26   q, k = rope[K](q, pos, freqs), rope[K](k, pos, freqs)
-    if PDL:
-        gdc_launch_dependents()
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    m_mask = m < T
-    if PDL:
-        gdc_wait()
-    j = tl.arange(0, 64)[None, :]
-    j_mask = j < 48
+    tl.store(out0_ptr + m * 3072 + j, embed_tokens, mask=j_mask & m_mask)
+    j_2 = tl.arange(0, 64)[None, :]
+    j_2_mask = j_2 < 48
     pos = tl.load(pos_ptr + m, mask=m_mask, other=0)
-    table = tl.load(table_ptr + j, mask=j_mask, other=0).to(tl.float32)
+    table = tl.load(table_ptr + j_2, mask=j_2_mask, other=0).to(tl.float32)
     v = pos.to(tl.float32) * table
-    tl.store(out0_ptr + m * 48 + j, tl.cos(v), mask=j_mask & m_mask)
-    tl.store(out1_ptr + m * 48 + j, tl.sin(v), mask=j_mask & m_mask)
+    tl.store(out1_ptr + m * 48 + j_2, tl.cos(v), mask=j_2_mask & m_mask)
+    tl.store(out2_ptr + m * 48 + j_2, tl.sin(v), mask=j_2_mask & m_mask)
 
 
 @triton.jit

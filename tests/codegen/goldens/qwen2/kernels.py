@@ -17,7 +17,9 @@ def fetch(addresses, wanted):
 
 
 @triton.jit(do_not_specialize=["T"])
-def embed_tokens(ids_ptr, embed_tokens_ptr, out_ptr, T, BLOCK_M: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_positions(ids_ptr, embed_tokens_ptr, out0_ptr, pos_ptr, table_ptr, out1_ptr, out2_ptr, T,
+                           BLOCK_M: tl.constexpr, PDL: tl.constexpr):
+    # qwen2.fuse:29   q = rope[K](q_proj(x), pos, freqs)
     # qwen2.fuse:56   x = embed_tokens(ids)
     if PDL:
         gdc_launch_dependents()
@@ -29,24 +31,13 @@ def embed_tokens(ids_ptr, embed_tokens_ptr, out_ptr, T, BLOCK_M: tl.constexpr, P
     j_mask = j < 3584
     ids = tl.load(ids_ptr + m, mask=m_mask, other=0)
     embed_tokens = tl.load(embed_tokens_ptr + ids * 3584 + j, mask=m_mask & j_mask, other=0).to(tl.float32)
-    tl.store(out_ptr + m * 3584 + j, embed_tokens, mask=j_mask & m_mask)
-
-
-@triton.jit(do_not_specialize=["T"])
-def positions(pos_ptr, table_ptr, out0_ptr, out1_ptr, T, BLOCK_M: tl.constexpr, PDL: tl.constexpr):
-    # qwen2.fuse:29   q = rope[K](q_proj(x), pos, freqs)
-    if PDL:
-        gdc_launch_dependents()
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    m_mask = m < T
-    if PDL:
-        gdc_wait()
-    j = tl.arange(0, 64)[None, :]
+    tl.store(out0_ptr + m * 3584 + j, embed_tokens, mask=j_mask & m_mask)
+    j_2 = tl.arange(0, 64)[None, :]
     pos = tl.load(pos_ptr + m, mask=m_mask, other=0)
-    table = tl.load(table_ptr + j).to(tl.float32)
+    table = tl.load(table_ptr + j_2).to(tl.float32)
     v = pos.to(tl.float32) * table
-    tl.store(out0_ptr + m * 64 + j, tl.cos(v), mask=m_mask)
-    tl.store(out1_ptr + m * 64 + j, tl.sin(v), mask=m_mask)
+    tl.store(out1_ptr + m * 64 + j_2, tl.cos(v), mask=m_mask)
+    tl.store(out2_ptr + m * 64 + j_2, tl.sin(v), mask=m_mask)
 
 
 @triton.jit

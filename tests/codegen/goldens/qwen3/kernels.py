@@ -17,7 +17,9 @@ def fetch(addresses, wanted):
 
 
 @triton.jit(do_not_specialize=["T"])
-def embed_tokens(ids_ptr, embed_tokens_ptr, out_ptr, T, BLOCK_M: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_positions(ids_ptr, embed_tokens_ptr, out0_ptr, pos_ptr, table_ptr, out1_ptr, out2_ptr, T,
+                           BLOCK_M: tl.constexpr, PDL: tl.constexpr):
+    # qwen3.fuse:31   q = rope[K](q_norm(q_proj(x)), pos, freqs)
     # qwen3.fuse:58   x = embed_tokens(ids)
     if PDL:
         gdc_launch_dependents()
@@ -28,7 +30,13 @@ def embed_tokens(ids_ptr, embed_tokens_ptr, out_ptr, T, BLOCK_M: tl.constexpr, P
     j = tl.arange(0, 4096)[None, :]
     ids = tl.load(ids_ptr + m, mask=m_mask, other=0)
     embed_tokens = tl.load(embed_tokens_ptr + ids * 4096 + j, mask=m_mask, other=0).to(tl.float32)
-    tl.store(out_ptr + m * 4096 + j, embed_tokens, mask=m_mask)
+    tl.store(out0_ptr + m * 4096 + j, embed_tokens, mask=m_mask)
+    j_2 = tl.arange(0, 64)[None, :]
+    pos = tl.load(pos_ptr + m, mask=m_mask, other=0)
+    table = tl.load(table_ptr + j_2).to(tl.float32)
+    v = pos.to(tl.float32) * table
+    tl.store(out1_ptr + m * 64 + j_2, tl.cos(v), mask=m_mask)
+    tl.store(out2_ptr + m * 64 + j_2, tl.sin(v), mask=m_mask)
 
 
 @triton.jit
@@ -254,23 +262,6 @@ def q_k_v_proj_epilogue(out0_ptr, out1_ptr, v_cache_ptr, slots_ptr, product_ptr,
         i_2 = n - 5120
         slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)
         tl.store(v_cache_ptr + slot * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot >= 0))
-
-
-@triton.jit(do_not_specialize=["T"])
-def positions(pos_ptr, table_ptr, out0_ptr, out1_ptr, T, BLOCK_M: tl.constexpr, PDL: tl.constexpr):
-    # qwen3.fuse:31   q = rope[K](q_norm(q_proj(x)), pos, freqs)
-    if PDL:
-        gdc_launch_dependents()
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    m_mask = m < T
-    if PDL:
-        gdc_wait()
-    j = tl.arange(0, 64)[None, :]
-    pos = tl.load(pos_ptr + m, mask=m_mask, other=0)
-    table = tl.load(table_ptr + j).to(tl.float32)
-    v = pos.to(tl.float32) * table
-    tl.store(out0_ptr + m * 64 + j, tl.cos(v), mask=m_mask)
-    tl.store(out1_ptr + m * 64 + j, tl.sin(v), mask=m_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
