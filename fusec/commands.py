@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from .cli import json_option, print_json, read_config, tell, tell_diagnostics, working
+from .codegen.candidates import FORMS
 from .diagnostics import Diagnostic, DiagnosticError, as_dict
 from .errors import UsageError, UserError
 
@@ -255,7 +256,7 @@ def explain(subject, model, dtype, as_json):
 @click.command(short_help="Measure tiles for a model's shapes on this GPU.")
 @click.argument("model", metavar="NAME|DIR")
 @click.option("--budget", type=click.FloatRange(10), default=120.0, show_default=True, help="Seconds.")
-@click.option("--form", "forms", multiple=True, type=click.Choice(["gemv", "skinny", "matmul"]), help="Only these forms.")
+@click.option("--form", "forms", multiple=True, type=click.Choice(FORMS), help="Only these forms.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The table.  [default: this GPU's, in the package]")
 def tune(model, budget, forms, dtype, out):
@@ -270,7 +271,6 @@ def tune(model, budget, forms, dtype, out):
     from .bench.engine import need_gpu
     from .bench.shapes import config_of
     from .codegen import schedule
-    from .codegen.candidates import FORMS
     from .tune import Tuner, write_table
 
     device = need_gpu("auto", "fusec tune")

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from fusec.bench.limits import microseconds
 from fusec.codegen import schedule
 from fusec.codegen.attention_schedule import decode_launch, decode_row
 from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, form_of, tiles_for
@@ -84,22 +85,6 @@ def warm(job) -> str | None:
         return None
     except Exception as error:  # noqa: BLE001  a candidate that does not compile is no candidate
         return repr(error)[:200]
-
-
-def milliseconds(run: Callable, repeats: int) -> float:
-    """Median time of `run` replayed as a CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for i in range(repeats + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times += [start.elapsed_time(end)] if i >= 2 else []
-    return sorted(times)[len(times) // 2]
 
 
 class Tuner:
@@ -204,7 +189,7 @@ class Tuner:
         source = next(s for s in function.sources if s.form == "decode")
         a, kind = source.facts["attention"], self.module.dtype
         rule = decode_launch(sequences, BUCKET, G=a.G, R=a.R, K=a.K, J=a.J, page=PAGE, itemsize=self.program.dtype.itemsize,
-                             pdl=True)  # fmt: skip
+                             pdl=True, gpu=schedule.gpu_key(torch.cuda.get_device_name(self.program.device)))  # fmt: skip
         found = []
         for tiles in decode_tiles(rule, self.program.dtype.itemsize):
             path = Path(self.program.program.__file__).with_name("kernels.py")
@@ -213,6 +198,10 @@ class Tuner:
             job = (str(path), source.name, [*pointers, *strides], tiles.constants, tiles.options)
             found.append((tiles, self.pool.submit(warm, job)))
         return found
+
+    def time(self, run: Callable) -> float:
+        """Median µs of `run` as a CUDA graph: a few replays, since thousands are timed."""
+        return microseconds(run, self.program.device, rounds=5, at_least=0.0)
 
     # ---- one kernel alone --------------------------------------------------------------------------------------------------
 
@@ -284,8 +273,8 @@ class Tuner:
             if not (result - reference).norm() <= 2e-2 * reference.norm():
                 self.say(f"{function.name} {option.tiles}: wrong result, left out")
                 continue
-            ms = milliseconds(lambda option=option: [self.launch(function, option, tokens, values) for values in calls], 5)
-            ranked.append((ms / len(calls) * 1e3, option))
+            us = self.time(lambda option=option: [self.launch(function, option, tokens, values) for values in calls])
+            ranked.append((us / len(calls), option))
         return sorted(ranked, key=lambda pair: pair[0])
 
     # ---- the whole step ----------------------------------------------------------------------------------------------------
@@ -328,8 +317,7 @@ class Tuner:
         real = {name: space[name] for name in trial}
         space.update(trial)
         try:
-            self.program.forward(batch)
-            return milliseconds(lambda: self.program.forward(batch), 8)
+            return self.time(lambda: self.program.forward(batch)) / 1e3
         finally:
             space.update(real)
 

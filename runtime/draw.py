@@ -6,13 +6,13 @@ Where the GPU can, the kernels are launched while the one before them drains, as
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusec.runtime.dependent_launch import dependent_launch
 
 BLOCK = 1024
 
@@ -63,12 +63,6 @@ def _best_of_rows(values, tokens, result, blocks, BLOCKS: tl.constexpr, PDL: tl.
     value = tl.load(values + row * blocks + block, block < blocks, -float("inf"))
     _, at = tl.max(value, 0, return_indices=True)
     tl.store(result + row, tl.load(tokens + row * blocks + at))
-
-
-@functools.cache
-def dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may start while the one before it drains: from Hopper on."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def draw(logits: torch.Tensor, params, positions: torch.Tensor, *, draws: bool, thresholds: torch.Tensor | None) -> torch.Tensor:

@@ -13,6 +13,7 @@ import triton
 
 from fusec.compiler import Compiled
 from fusec.runtime.batch import Batch
+from fusec.runtime.dependent_launch import dependent_launch
 from fusec.runtime.hub import cache_folder
 from fusec.runtime.program import cache_bytes, cache_sizes
 from fusec.runtime.weights import Loader, prepare
@@ -38,7 +39,7 @@ class TritonProgram:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
-        self.program.PDL = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.program.PDL = dependent_launch(device)
         self.weights: dict[str, torch.Tensor] = {}
         for weight in module.weights.values():
             self.weights[weight.name] = prepare(weight, loader, dtype)

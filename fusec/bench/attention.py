@@ -95,13 +95,16 @@ def attention_of(config: dict, dtype: str, device):
     """(launch function of the generated attention kernel, its heads) of a model of the config's shape, with one layer."""
     import torch
 
+    from fusec.codegen.schedule import gpu_key
     from fusec.compiler import compile
+    from fusec.runtime.dependent_launch import dependent_launch
     from fusec.runtime.triton_program import load_source
 
-    module = compile(None, config | {"num_hidden_layers": 1}, dtype=dtype).module
+    gpu = gpu_key(torch.cuda.get_device_name(device))
+    module = compile(None, config | {"num_hidden_layers": 1}, dtype=dtype, gpu=gpu).module
     function = next(f for f in module.functions if f.kernel.attrs["kind"] == "attention")
     program = load_source(module.kernels_py, module.program_py)
-    program.PDL = torch.cuda.get_device_capability(device) >= (9, 0)
+    program.PDL = dependent_launch(device)
     found = next(s.facts["attention"] for s in function.sources if "attention" in s.facts)
     return getattr(program, function.name), Shape(found.G, found.R, found.K, found.J)
 

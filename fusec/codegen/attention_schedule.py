@@ -24,8 +24,8 @@ from . import schedule
 from .schedule import padded
 
 # Bytes of shared memory up to which Triton leaves a multiprocessor's split between L1 and shared memory to the driver. Beyond,
-# it asks for the largest share, and a multiprocessor drains before it changes the split: two kernels on different sides of this
-# limit cannot overlap.
+# it asks for the largest share, and a multiprocessor drains before it changes the split, so that two kernels on different sides
+# of this limit do not overlap (inferred, not isolated: docs/performance.md).
 LITTLE = 48 << 10
 
 

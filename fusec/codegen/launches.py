@@ -143,10 +143,11 @@ class Launches:
             "prefill": "b.block_tables, b.query_starts, b.context_lens, out",
         }
         lines = ["sequences = b.context_lens.shape[0]", "if b.max_query == 1:"]
+        tables = {"decode": f', gpu="{self.gpu}"', "prefill": ""}  # prefill's tiles follow a rule alone
         for form, size in (("decode", "b.max_context"), ("prefill", "b.max_query")):
             lines += ["else:"] if form == "prefill" else []
             lines += [
-                f"    launch = {form}_launch(sequences, {size}, {sizes})",
+                f"    launch = {form}_launch(sequences, {size}, {sizes}{tables[form]})",
                 f"    kernels.kernel_{form}[launch.grid](",
                 f"        q, k_cache, v_cache, {buffers[form]}, {stride}, b.block_tables.stride(0),",
                 "        **launch.constants, **launch.options)",

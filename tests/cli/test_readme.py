@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from fusec.compiler import compile
+from fusec.explain import explain_program
 
 ROOT = Path(__file__).parents[2]
 BLOCK = r"(<!-- {kind}: (\S+) -->\n```python\n)(.*?)(```\n)"
@@ -24,6 +25,13 @@ def test_the_excerpt_of_a_kernel_is_real(golden):
         return f"{block[1]}{function.rstrip()}\n{block[4]}"
 
     golden("../../README.md", re.sub(BLOCK.format(kind="kernel"), current, (ROOT / "README.md").read_text(), flags=re.S))
+
+
+def test_the_excerpt_of_what_explain_says_is_real():
+    ((shown,),) = [re.findall(r"^\$ fusec explain examples/llama\.fuse\n(.*?)```", (ROOT / "README.md").read_text(), re.M | re.S)]
+    said = explain_program(compile(ROOT / "examples" / "llama.fuse"))
+    for line in shown.splitlines():
+        assert line == "…" or line in said.splitlines()
 
 
 def test_links_lead_somewhere():

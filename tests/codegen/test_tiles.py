@@ -3,9 +3,11 @@
 import pytest
 import torch
 from interpret import INTERPRETED, run_interpreted
+from program_checks import EXAMPLES, TINY
 
 from fusec.codegen import candidates, schedule
 from fusec.codegen.attention_schedule import LITTLE, decode_launch, decode_row
+from fusec.compiler import compile
 
 if INTERPRETED:
     from tile_case import Case, operands, result
@@ -53,3 +55,7 @@ else:
         assert decode_launch(5, 512, **heads).constants == wanted.constants
         assert decode_launch(9, 1024, **heads) != wanted  # more sequences, or longer ones, than the row is for
         assert decode_launch(8, 2048, **heads).constants != wanted.constants
+
+    def test_a_program_asks_the_table_of_the_gpu_it_was_compiled_for():
+        program = compile(EXAMPLES / "llama.fuse", TINY["llama"], gpu="some_gpu").module.program_py
+        assert 'gpu="some_gpu"' in program and schedule.DEFAULT not in program

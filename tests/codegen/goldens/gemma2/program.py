@@ -55,7 +55,8 @@ def q_k_v_proj(m, T, q_k_v_proj, x, constant, cos, sin, out, k_cache, slots, v_c
 def attention(m, b, q, k_cache, v_cache, out):
     sequences = b.context_lens.shape[0]
     if b.max_query == 1:
-        launch = decode_launch(sequences, b.max_context, G=4, R=2, K=256, J=256, page=m.block_size, itemsize=2, pdl=PDL)
+        launch = decode_launch(sequences, b.max_context, G=4, R=2, K=256, J=256, page=m.block_size, itemsize=2,
+                pdl=PDL, gpu="untuned")
         kernels.attention_decode[launch.grid](
             q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 2048,
             b.block_tables.stride(0),
@@ -198,7 +199,8 @@ def q_k_v_proj_2(m, T, q_k_v_proj, x, rsqrt, cos, sin, out, k_cache, slots, v_ca
 def attention_2(m, b, q, k_cache, v_cache, out):
     sequences = b.context_lens.shape[0]
     if b.max_query == 1:
-        launch = decode_launch(sequences, b.max_context, G=4, R=2, K=256, J=256, page=m.block_size, itemsize=2, pdl=PDL)
+        launch = decode_launch(sequences, b.max_context, G=4, R=2, K=256, J=256, page=m.block_size, itemsize=2,
+                pdl=PDL, gpu="untuned")
         kernels.attention_2_decode[launch.grid](
             q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 2048,
             b.block_tables.stride(0),

@@ -61,7 +61,8 @@ def self_attn(T, x, q_norm, cos, q_norm_2, sin, out, x_2, k_norm, k_norm_2, k_ca
 def attention(m, b, q, k_cache, v_cache, out):
     sequences = b.context_lens.shape[0]
     if b.max_query == 1:
-        launch = decode_launch(sequences, b.max_context, G=1, R=4, K=256, J=256, page=m.block_size, itemsize=2, pdl=PDL)
+        launch = decode_launch(sequences, b.max_context, G=1, R=4, K=256, J=256, page=m.block_size, itemsize=2,
+                pdl=PDL, gpu="untuned")
         kernels.attention_decode[launch.grid](
             q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 1024,
             b.block_tables.stride(0),

@@ -49,7 +49,8 @@ def c_attn(T, c_attn, x, ln_1, ln_1_bias, c_attn_bias, out, c_attn_bias_2, k_cac
 def attention(m, b, q, k_cache, v_cache, out):
     sequences = b.context_lens.shape[0]
     if b.max_query == 1:
-        launch = decode_launch(sequences, b.max_context, G=12, R=1, K=64, J=64, page=m.block_size, itemsize=2, pdl=PDL)
+        launch = decode_launch(sequences, b.max_context, G=12, R=1, K=64, J=64, page=m.block_size, itemsize=2, pdl=PDL,
+                gpu="untuned")
         kernels.attention_decode[launch.grid](
             q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 768, b.block_tables.stride(0),
             **launch.constants, **launch.options)

@@ -59,7 +59,8 @@ def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, part
 def attention(m, b, q, k_cache, v_cache, out):
     sequences = b.context_lens.shape[0]
     if b.max_query == 1:
-        launch = decode_launch(sequences, b.max_context, G=8, R=4, K=128, J=128, page=m.block_size, itemsize=2, pdl=PDL)
+        launch = decode_launch(sequences, b.max_context, G=8, R=4, K=128, J=128, page=m.block_size, itemsize=2,
+                pdl=PDL, gpu="untuned")
         kernels.attention_decode[launch.grid](
             q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 4096,
             b.block_tables.stride(0),

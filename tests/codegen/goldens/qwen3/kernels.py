@@ -361,9 +361,10 @@ def attention_decode(
     page = tl.load(table + (begin + n) // PAGE, mask=begin + n < end, other=0)
     if PDL:
         line = page.to(tl.int64) * (PAGE * G) + (begin + n) % PAGE * G + g
-        fetch(k_cache + line[:, None] * K + tl.arange(0, max(1, BLOCK_K // 64))[None, :] * 64,
+        WIDE: tl.constexpr = 1024 // k_cache.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+        fetch(k_cache + line[:, None] * K + tl.arange(0, max(1, BLOCK_K // WIDE))[None, :] * WIDE,
                 (begin + n < end)[:, None])
-        fetch(v_cache + line[:, None] * J + tl.arange(0, max(1, BLOCK_J // 64))[None, :] * 64,
+        fetch(v_cache + line[:, None] * J + tl.arange(0, max(1, BLOCK_J // WIDE))[None, :] * WIDE,
                 (begin + n < end)[:, None])
         tl.extra.cuda.gdc_wait()  # also where there is no work: the next kernel counts on this one's predecessors
     if split >= used:
