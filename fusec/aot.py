@@ -127,7 +127,8 @@ def record(compiled, program, target: str) -> list[Variant]:
 
     model, real = OnPaper(), program.kernels
     found: dict[tuple, Variant] = {}
-    program.kernels, program.PDL = Recorder(real, found), architecture(target) >= 90
+    program.kernels, number = Recorder(real, found), architecture(target)
+    program.PDL, program.HOPPER = number >= 90, number // 10 == 9
     try:
         for step in steps(compiled.module):
             program.kernels.step = step
@@ -180,6 +181,8 @@ def specialize(function, name, grid, args, named) -> Variant:
 
 
 def triton_type(value) -> str:
+    if hasattr(value, "block_shape"):
+        return f"tensordesc<{triton_type(value.base)[1:]}{list(value.block_shape)},{value.layout!r}>"
     if hasattr(value, "dtype"):
         short = {"bfloat16": "bf16", "bool": "i1"}
         kind = str(value.dtype).removeprefix("torch.")
@@ -276,6 +279,8 @@ def compile_one(module, job: dict) -> Cubin:
     at = function.arg_names.index
     constants = {(at(name),): value for name, value in job["constants"].items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i in sorted(map(at, job["aligned"]))}
+    if function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(function, job["signature"], constants, aligned)
     built = triton.compile(source, target=GPUTarget("cuda", job["target"], 32), options=job["options"])
     cubin, ptx = built.asm["cubin"], built.asm["ptx"]

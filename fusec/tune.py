@@ -31,6 +31,7 @@ from fusec.codegen.contraction import Contraction
 from fusec.codegen.contraction_kernel import contraction
 from fusec.codegen.module import preamble
 from fusec.runtime.batch import Batch
+from fusec.runtime.tiles import tiles as in_tiles
 
 FEW = {"gemv": 12, "skinny": 6}  # of a kernel's candidates that are tried in the whole step
 ALONE = 0.6  # of the budget for kernels alone; the rest is for whole steps
@@ -59,8 +60,10 @@ def constants(form: str, tiles) -> dict:
     table = {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "STAGES": tiles.stages}
     if form != "gemv":
         table["BLOCK_M"] = tiles.block_m
-    if form == "skinny":
+    if form in ("skinny", "stream"):
         table["SPLITS"] = tiles.splits
+    if form == "stream":
+        table["GIVEN"] = tiles.given
     if form == "matmul":
         table["GROUP"] = tiles.group
     return table
@@ -74,13 +77,28 @@ def load_kernels(path: str):
     return module
 
 
+def argument(what):
+    """An argument of a kernel that is only compiled: a number, a pointer by its type, or (type, columns, tile) of what is copied
+    in tiles."""
+    if isinstance(what, tuple):
+        kind, columns, block = what
+        return in_tiles(torch.empty(1, columns, dtype=getattr(torch, kind), device="meta"), columns, *block)
+    return what if isinstance(what, int) else getattr(torch, what)
+
+
+def blocks_of(source, sizes: dict) -> dict[str, list[int]]:
+    """What a kernel takes in tiles: pointer -> tile."""
+    names = ("BLOCK_N", "BLOCK_M")
+    return {p: [sizes[n], sizes["BLOCK_K"]] for p, n in zip(source.facts.get("described", ()), names, strict=False)}
+
+
 def warm(job) -> str | None:
     """Compiles one candidate into Triton's cache, in a process of its own. Returns what went wrong, if anything.
 
     job: path and name of the kernel, its arguments (dtypes by name for pointers), constants, options of the launch."""
     path, name, arguments, sizes, options = job
     try:
-        arguments = [a if isinstance(a, int) else getattr(torch, a) for a in arguments]
+        arguments = [argument(a) for a in arguments]
         getattr(load_kernels(path), name).warmup(*arguments, **sizes, **options, grid=(1,))
         return None
     except Exception as error:  # noqa: BLE001  a candidate that does not compile is no candidate
@@ -136,8 +154,8 @@ class Tuner:
             for f in self.contractions:
                 if f.name in choice:
                     parts, tiles = Contraction(f.kernel.attrs["body"]), choice[f.name].tiles
-                    key = schedule.key(form_of(tiles), parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
-                    table.setdefault(key, []).append(asdict(tiles))
+                    shape = (parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
+                    table.setdefault(schedule.key(form_of(tiles), *shape), []).append(asdict(tiles))
                     tell(f.name, form, tokens, next(us for us, option in found[f.name] if option is choice[f.name]), tiles)
         self.pool.shutdown(wait=False, cancel_futures=True)
         return table
@@ -150,7 +168,8 @@ class Tuner:
     def render(self, function, form: str, tokens: int) -> list[Candidate]:
         """Every candidate of a kernel, with the file of its source: one a set of masks."""
         parts, found, files = Contraction(function.kernel.attrs["body"]), [], {}
-        for tiles in tiles_for(form, parts.n, parts.k, parts.leaves, self.program.dtype.itemsize, tokens):
+        shape = (parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
+        for tiles in tiles_for(form, *shape, tokens, parts.streams and self.program.program.HOPPER, len(parts.beside)):
             kind = (form_of(tiles), bool(parts.k % tiles.block_k), bool(parts.n % tiles.block_n))
             if kind not in files:
                 name = f"{function.name}_{kind[0]}"
@@ -164,7 +183,7 @@ class Tuner:
     def make_room(self, options: list[Candidate]) -> None:
         """Scratch for the partial results of any candidate."""
         p = self.program
-        most = max((o.tiles.splits * o.tiles.tokens for o in options if o.form == "skinny"), default=1)
+        most = max((o.tiles.splits * o.tiles.tokens for o in options if o.form in ("skinny", "stream")), default=1)
         columns = max((2 * s.facts["rows"] for f in self.contractions for s in f.sources if "rows" in s.facts), default=0)
         if not columns:
             return
@@ -175,8 +194,10 @@ class Tuner:
         source = self.source(function, option.form)
         launch = next(n for n in self.module.launches if n.function == function.name)
         values = self.values(function, launch, self.batch(1))
-        pointers = [str(values[p.removesuffix("_ptr")].dtype).removeprefix("torch.") for p in source.roles]
         sizes = constants(option.form, option.tiles) | {"PDL": True}
+        blocks = blocks_of(source, sizes)
+        kinds = {p: str(self.value(values, p).dtype).removeprefix("torch.") for p in source.roles}
+        pointers = [(kind, source.facts["k"], blocks[p]) if p in blocks else kind for p, kind in kinds.items()]
         options = {"num_warps": option.tiles.num_warps, "launch_pdl": True}
         return option.path, option.name, [*pointers, *([33] if option.form != "gemv" else [])], sizes, options
 
@@ -234,14 +255,34 @@ class Tuner:
     def launch(self, function, option: Candidate, tokens: int, values: dict) -> None:
         """Launches a candidate in the place of `function`. values: parameter of the launch function -> argument."""
         source, t = self.source(function, option.form), option.tiles
+        sizes = constants(option.form, t)
         blocks = -(-source.facts["rows"] // t.block_n)
         if option.form == "gemv":
             grid = (blocks,)
         else:
             grid = (-(-tokens // t.block_m) * blocks, getattr(t, "splits", 1))
-        arguments = [values[p.removesuffix("_ptr")] for p in source.roles] + ([tokens] if option.form != "gemv" else [])
+        if getattr(t, "given", False):
+            self.make_stats(function, source, tokens, values)
+        arguments = [self.value(values, p) for p in source.roles]
+        for pointer, block in blocks_of(source, sizes).items():
+            at, bound = list(source.roles).index(pointer), None if pointer == source.facts["described"][0] else tokens
+            arguments[at] = in_tiles(arguments[at][:bound], source.facts["k"], *block)
+        arguments += [tokens] if option.form != "gemv" else []
         kernel = getattr(load_kernels(option.path), option.name)
-        kernel[grid](*arguments, **constants(option.form, t), PDL=True, num_warps=t.num_warps, launch_pdl=True)
+        kernel[grid](*arguments, **sizes, PDL=True, num_warps=t.num_warps, launch_pdl=True)
+
+    def value(self, values: dict, pointer: str):
+        """What a kernel's pointer is. The row reductions' buffer is the program's own."""
+        return self.program.stats(1, 1) if pointer == "stats_ptr" else values[pointer.removesuffix("_ptr")]
+
+    def make_stats(self, function, source, tokens: int, values: dict) -> None:
+        """Launches the kernel of the row reductions, as the program does before a stream that is GIVEN them."""
+        name = next(s.name for s in function.sources if s.form == "stats")
+        x = values[source.facts["described"][1].removesuffix("_ptr")]
+        block_k = min(1024, schedule.padded(source.facts["k"]))
+        kernel = getattr(self.program.program.kernels, name)
+        kernel[(-(-tokens // 4),)](x, self.program.stats(tokens, 1), tokens, BLOCK_M=4, BLOCK_K=block_k, PDL=True, num_warps=4,
+                                   launch_pdl=True)
 
     def alone(self, function, form, tokens, options, futures, deadline) -> list[tuple[float, Candidate]]:
         """(µs a launch, candidate), the fastest first: over all layers in turn."""
@@ -323,14 +364,21 @@ class Tuner:
 
 
 def write_table(table: dict[str, list[dict]], path: Path) -> None:
-    """Merges `table` into the JSON table at `path`, one line a row. What was measured replaces a shape's rows; the matmul form's
-    rows for other numbers of tokens stay."""
+    """Merges `table` into the JSON table at `path`, one line a row. A row takes the place of that for as many tokens (or
+    sequences of a context); where another form than the stream is the fastest for a few tokens, the stream's row goes."""
     known, lines = json.loads(path.read_text()) if path.is_file() else {}, []
+
+    def place(row):
+        return row.get("tokens"), row.get("sequences"), row.get("context")
+
     for shape, rows in table.items():
-        measured = {row.get("tokens") for row in rows}
-        kept = [row for row in known.get(shape, ()) if shape.startswith("matmul") and row["tokens"] not in measured]
-        known[shape] = kept + rows
-    for key in sorted(known):
+        measured = {place(row) for row in rows}
+        known[shape] = [row for row in known.get(shape, ()) if place(row) not in measured] + rows
+        form, _, rest = shape.partition(" ")
+        if form == "skinny" and (stream := f"stream {rest}") in known:
+            streamed = {place(row) for row in table.get(stream, ())}
+            known[stream] = [row for row in known[stream] if place(row) in streamed or place(row) not in measured]
+    for key in sorted(key for key in known if known[key]):
         rows = sorted(known[key], key=lambda r: r.get("tokens") or r.get("sequences") or 1 << 30)
         lines.append(f'  "{key}": [' + ",\n    ".join(json.dumps(r) for r in rows) + "]")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from fusec.runtime.dependent_launch import dependent_launch
+from fusec.runtime.capabilities import dependent_launch
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusec.runtime.dependent_launch import dependent_launch
+from fusec.runtime.capabilities import dependent_launch
 
 BLOCK = 1024
 

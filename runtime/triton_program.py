@@ -13,7 +13,7 @@ import triton
 
 from fusec.compiler import Compiled
 from fusec.runtime.batch import Batch
-from fusec.runtime.dependent_launch import dependent_launch
+from fusec.runtime.capabilities import dependent_launch, hopper
 from fusec.runtime.hub import cache_folder
 from fusec.runtime.program import cache_bytes, cache_sizes
 from fusec.runtime.weights import Loader, prepare
@@ -39,7 +39,7 @@ class TritonProgram:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
-        self.program.PDL = dependent_launch(device)
+        self.program.PDL, self.program.HOPPER = dependent_launch(device), hopper(device)
         self.weights: dict[str, torch.Tensor] = {}
         for weight in module.weights.values():
             self.weights[weight.name] = prepare(weight, loader, dtype)
@@ -71,8 +71,10 @@ class TritonProgram:
         return self._take("product", tokens * columns, self.dtype).view(tokens, columns)
 
     def stats(self, tokens: int, count: int) -> torch.Tensor:
-        """Scratch for the reductions beside the vendor's matmul: float32 [count, tokens]."""
-        return self._take("stats", tokens * count, torch.float32)
+        """Scratch for row reductions that are made beforehand: float32 [count, tokens]. One buffer serves every step, since a
+        captured graph keeps its address."""
+        whole = self._take("stats", max(tokens, self.max_tokens) * max(count, 4), torch.float32)
+        return whole[: tokens * count]
 
     def _take(self, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
         kept = self._growing.get(name)

@@ -40,16 +40,25 @@ def variants(compiled, program):
     return aot.record(compiled, program, "sm_90")
 
 
-def test_every_kernel_is_launched_by_some_step(compiled, variants):
+@pytest.fixture(scope="module")
+def everywhere(compiled, program, variants):
+    """What Hopper launches, and what GPUs before it do."""
+    return variants + aot.record(compiled, program, "sm_80")
+
+
+def test_every_kernel_is_launched_by_some_step(compiled, variants, everywhere):
     names = {source.name for function in compiled.module.functions for source in function.sources}
-    assert {variant.kernel for variant in variants} == names
+    assert {variant.kernel for variant in everywhere} == names
+    streams = {source.name for function in compiled.module.functions for source in function.sources if source.form == "stream"}
+    assert streams and streams <= {variant.kernel for variant in variants}
+    assert not streams & {variant.kernel for variant in everywhere[len(variants):]}
 
 
-def test_each_range_of_tokens_has_its_tiles(compiled, variants):
+def test_each_range_of_tokens_has_its_tiles(compiled, everywhere):
     for function in compiled.module.functions:
         for source in function.sources:
             if isinstance(source.facts.get("tiles"), tuple):
-                found = {(v.tiles["BLOCK_N"], v.tiles["BLOCK_K"]) for v in variants if v.kernel == source.name}
+                found = {(v.tiles["BLOCK_N"], v.tiles["BLOCK_K"]) for v in everywhere if v.kernel == source.name}
                 assert found == {(tile.block_n, tile.block_k) for tile in source.facts["tiles"]}
 
 
@@ -89,7 +98,8 @@ def test_signatures_are_those_of_the_compiler_that_runs_later(compiled, program)
     real = aot.Recorder
     aot.Recorder = Compared
     try:
-        aot.record(compiled, program, "sm_90")
+        for target in ("sm_90", "sm_80"):
+            aot.record(compiled, program, target)
     finally:
         aot.Recorder = real
     assert len(checked) == sum(len(f.sources) for f in compiled.module.functions)

@@ -97,7 +97,7 @@ def attention_of(config: dict, dtype: str, device):
 
     from fusec.codegen.schedule import gpu_key
     from fusec.compiler import compile
-    from fusec.runtime.dependent_launch import dependent_launch
+    from fusec.runtime.capabilities import dependent_launch
     from fusec.runtime.triton_program import load_source
 
     gpu = gpu_key(torch.cuda.get_device_name(device))
@@ -259,9 +259,10 @@ class FlashInfer:
         queries, best = q.view(len(lengths), -1, shape.K), None
         tables = sets[-1][2]  # one plan serves all copies: they differ in the order of their pages alone
         index = torch.cat([tables[row, :count] for row, count in enumerate(counts)])
-        for cores in (True, False):
+        for cores, backend in ((True, "auto"), (False, "auto"), (True, "fa3")):
             try:
-                wrapper = self.module.BatchDecodeWithPagedKVCacheWrapper(self.workspace, "NHD", use_tensor_cores=cores)
+                wrapper = self.module.BatchDecodeWithPagedKVCacheWrapper(self.workspace, "NHD", use_tensor_cores=cores,
+                                                                         backend=backend)
                 wrapper.plan(indptr, index, last, shape.G * shape.R, shape.G, shape.K, BLOCK_SIZE, q_data_type=q.dtype,
                              kv_data_type=q.dtype)
             except Exception as error:
@@ -286,6 +287,7 @@ class FlashInfer:
                 say(f"  FlashInfer {backend} left out: {type(error).__name__}: {str(error)[:120]}")
                 continue
             queries = q.view(count, -1, shape.K)
-            time = attempt(lambda w=wrapper, x=queries: w.run(x, (k, v)), self.device)
+            out = torch.empty(count, queries.shape[1], shape.J, dtype=q.dtype, device=self.device)  # its own would be zeroed
+            time = attempt(lambda w=wrapper, x=queries, out=out: w.run(x, (k, v), out=out), self.device)
             best = time if best is None or time is not None and time < best else best
         return best

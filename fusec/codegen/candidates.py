@@ -16,9 +16,12 @@ SHARED = 227_000  # bytes of shared memory of a multiprocessor
 REGISTERS = 65536
 
 
-def tiles_for(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens: int) -> list:
-    """Tiles of a contraction kernel with a weight of leaves × [rows, k]. The most tokens of the skinny form may want the next."""
+def tiles_for(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens: int, streams=False, beside: int = 0) -> list:
+    """Tiles of a contraction kernel with a weight of leaves × [rows, k]. A few tokens may be streamed, if the kernel can be,
+    and the most of them may want the next form.  streams: whether it can.  beside: row reductions that it has."""
     found = {"gemv": gemv, "skinny": skinny, "matmul": matmul}[form](rows, k, leaves, itemsize, tokens)
+    if form == "skinny" and streams:
+        found = stream(rows, k, leaves, itemsize, tokens, beside) + found[::3]
     if form == "skinny" and tokens == max(TOKENS["skinny"]):
         found += [replace(tiles, tokens=2 * tokens) for tiles in matmul(rows, k, leaves, itemsize, tokens)]
     return found
@@ -59,6 +62,28 @@ def skinny(rows, k, leaves, itemsize, tokens) -> list[schedule.Skinny]:
         if fits and splits_well and enough and one_wave:
             found.append(schedule.Skinny(tokens, tokens, n, bk, splits, warps, stages))
     found.sort(key=lambda t: (-t.block_n, t.splits, t.block_k))
+    return found[:: -(-len(found) // MOST)] if found else []
+
+
+def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
+    """Rings of which a multiprocessor holds one, two or four; no second wave unless there are many."""
+    found = []
+    for n, bk, warps, room in itertools.product((64, 128), (64, 128, 256), (4, 8), (SHARED, SHARED // 2, SHARED // 4)):
+        place, steps, tiles = (n * leaves + tokens) * bk * itemsize, k // bk, -(-rows // n)
+        most = min((room - 4096) // place, 12)
+        registers = n * leaves * tokens // (32 * warps)
+        if itemsize != 2 or k % bk or registers > 128 or tokens * min(warps, n // 16) // warps < 8 or most < 2:
+            continue
+        slots = MULTIPROCESSORS * min(SHARED // room, 16 // warps)
+        for splits in {1, *(wave * MULTIPROCESSORS // tiles for wave in (1, 2, 4))} - {0}:
+            share = -(-steps // splits)
+            stages = min(most, share)
+            one_wave = tiles * splits <= slots or splits == 1 and tiles > MULTIPROCESSORS
+            if stages < 2 or (splits - 1) * share >= steps or not one_wave or tiles * splits < 40 and splits < steps // 4:
+                continue
+            givens = (False, True) if beside and tokens >= 64 else (False,)
+            found += [schedule.Stream(tokens, n, bk, splits, warps, stages, given) for given in givens]
+    found.sort(key=lambda t: (-t.block_k * t.stages * t.splits, t.block_n, t.num_warps))
     return found[:: -(-len(found) // MOST)] if found else []
 
 

@@ -148,6 +148,14 @@ class Contraction:
             return None
         return others[0].attrs["name"] if outputs[0].dims == self.anchor.dims else None
 
+    @property
+    def streams(self) -> bool:
+        """Whether x goes from memory to the tensor cores as it is, and every reduction beside it reads x alone."""
+        if self.x.op != "input" or self.x.dtype != "x" or self.before:
+            return False
+        made = [v for r in self.beside for v in cone(r.inputs[0], lambda v: v is self.x)]
+        return all(OPS[v.op].kind == "elementwise" or v.op == "const" for v in made)
+
     def packing(self) -> list[list[tuple]]:
         """Per leaf slot, per segment: (offset, strides, sizes, first, count): which rows of the flat N axis stand in the
         packed weight.

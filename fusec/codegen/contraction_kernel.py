@@ -17,7 +17,7 @@ class Form:
 
     reduce: the axis along which a tile of x is reduced, and how the result is spread again.  tiles: launch constants.  many:
     whether a program works on several tokens.  multiplies: whether it contracts (or the vendor's matmul does).  scratch: pointers
-    it takes.
+    it takes.  gluon: whether it is written in Gluon, with tiles of the weight and of x described to the bulk copy engine.
     """
 
     reduce: str
@@ -25,6 +25,7 @@ class Form:
     many: bool = True
     multiplies: bool = True
     scratch: tuple[str, ...] = ()
+    gluon: bool = False
 
 
 FORMS = {
@@ -32,6 +33,8 @@ FORMS = {
     "skinny": Form(
         "0)[None, :]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS", "STAGES", "PDL"), scratch=("partial", "arrivals")
     ),
+    "stream": Form("1)", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS", "STAGES", "GIVEN", "PDL"),
+                   scratch=("partial", "arrivals", "stats"), gluon=True),
     "matmul": Form("1)[:, None]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "STAGES", "PDL")),
     "stats": Form("1)[:, None]", ("BLOCK_M", "BLOCK_K", "PDL"), multiplies=False, scratch=("stats",)),
     "epilogue": Form("1)[:, None]", ("BLOCK_M", "BLOCK_N", "PDL"), multiplies=False, scratch=("product", "stats")),
@@ -40,8 +43,8 @@ FORMS = {
 
 def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_n: int, block_k: int,
                 parts: Contraction | None = None) -> Source:  # fmt: skip
-    """A contraction kernel in one of its forms: one token ("gemv"), a few ("skinny"), many ("matmul"), or what the vendor's
-    matmul leaves to do ("stats", "epilogue").
+    """A contraction kernel in one of its forms: one token ("gemv"), a few ("skinny", or "stream" where there are Hopper's units),
+    many ("matmul"), or what the vendor's matmul leaves to do ("stats", "epilogue").
 
     Masks are left out where blocks divide the sizes: block_n and block_k are the least divisible of the tiles that it will be
     launched with.
@@ -81,8 +84,13 @@ class ContractionWriter(Writer):
         for pointer in self.shape.scratch:
             if pointer != "stats" or beside:
                 self.params.pointer(pointer, ("scratch", pointer))
+        described = [weight, *(p for p, role in self.params.roles.items() if role == self.x_role)] if self.shape.gluon else []
+        names = {p: p.replace("_ptr", "_tiles") if p in described else p for p in self.params.roles}
+        if self.shape.gluon:
+            weight, x = (names[p] for p in described)
+            epilogue = [in_gluon(line) for line in epilogue]
         context = {
-            "signature": define(name, [*self.params.roles, *(["T"] if self.many else [])], self.shape.tiles),
+            "signature": define(name, [*names.values(), *(["T"] if self.many else [])], self.shape.tiles),
             "comment": comment,
             "rows": parts.n,
             "k": parts.k,
@@ -97,6 +105,7 @@ class ContractionWriter(Writer):
             "beside": beside,
             "early": early,
             "epilogue": epilogue,
+            "ys": ", ".join(f"y{i}" for i in range(parts.leaves)),
             "precision": ', input_precision="ieee"' if self.dtype == "float32" else "",
         }
         text = environment().get_template(f"{form}.py.jinja").render(k=context)
@@ -111,6 +120,7 @@ class ContractionWriter(Writer):
             "weight": parts.weight,
             "block_n": self.block_n,
             "block_k": self.block_k,
+            "described": described,
         }
         return Source(name, form, text, self.params.roles, facts)
 
@@ -124,6 +134,10 @@ class ContractionWriter(Writer):
     def operand(self, coords, lines) -> tuple[str, str]:
         """(x, x as the matrix instruction takes it): the moving operand at a tile of K; its lines are appended."""
         parts = self.parts
+        if self.shape.gluon:
+            self.params.pointer(parts.x.attrs["name"], self.x_role)
+            self.known = {parts.x: "x_seen"}
+            return "x_seen", "x_seen"
         emitter = self.emitter(coords, self.given, lines, ', eviction_policy="evict_last"' if self.many and parts.beside else "")
         if self.many and parts.x.op == "input":  # loaded as it is, so that it can go from memory to the tensor cores untouched
             pointer = self.params.pointer(parts.x.attrs["name"], ("input", self.body.inputs.index(parts.x)))
@@ -138,6 +152,10 @@ class ContractionWriter(Writer):
         return x, f"tl.where(k_mask, {x}, 0.0).to({cast})" if self.many and self.masked_k else f"{x}.to({cast})"
 
     known: dict | None = None
+
+    @property
+    def x_role(self) -> tuple:
+        return "input", self.body.inputs.index(self.parts.x)
 
     def reductions_before(self) -> list[dict]:
         """Reductions that x itself needs: one walk over K each; a later one may read an earlier one's result."""
@@ -169,6 +187,8 @@ class ContractionWriter(Writer):
             text = f"tl.where(k_mask, {text}, {identity})"
         label = self.names.fresh(value.op)
         self.given[value] = label
+        if self.shape.gluon:
+            return self.reduction_in_gluon(value, label, in_gluon(text))
         whole = f"tl.{'max' if value.op == 'max' else 'sum'}({label}_k, {self.shape.reduce}"
         scale = f" / {self.parts.k}" if value.op == "mean" else ""
         step = text if text.isidentifier() or text.startswith("tl.") else f"({text})"
@@ -182,6 +202,22 @@ class ContractionWriter(Writer):
             "collapse": whole,
             "scale": scale,
             "combine": update.format(label, f"{label}_part"),
+        }
+
+    def reduction_in_gluon(self, value: Value, label: str, text: str) -> dict:
+        """As `reduction`: each thread adds up the eight neighbours along K that it holds."""
+        identity, update, _ = REDUCE[value.op]
+        fold = f"gl.{'max' if value.op == 'max' else 'sum'}"
+        eights = f"gl.convert_layout({fold}(({text}).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2), EIGHTS)"
+        return {
+            "name": label,
+            "partial": f"{label}_k",
+            "identity": identity,
+            "value": text,
+            "step": in_gluon(update.format(f"{label}_k", eights)),
+            "collapse": f"{fold}({label}_k, 1)",
+            "scale": f" / {self.parts.k}" if value.op == "mean" else "",
+            "combine": in_gluon(update.format(label, f"{label}_part")),
         }
 
     # ---- after the product ---------------------------------------------------------------------------------------------------
@@ -242,6 +278,11 @@ class ContractionWriter(Writer):
             text = emitter.write(piece.value)
             offset = flat_offset(piece, segment.dims, index, coords)
             self.store(text, piece.output, piece.value, row, offset, (*masks, *self.row.masks), lines)
+
+
+def in_gluon(line: str) -> str:
+    """A line of Triton in Gluon, which has the same functions under its own name."""
+    return line.replace("tl.sigmoid(", "sigmoid(").replace("tl.", "gl.")
 
 
 def flat_offset(piece, dims, index: str, coords) -> str:

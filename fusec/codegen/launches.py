@@ -35,13 +35,16 @@ class Launches:
             raise unsupported(kernel, str(problem)) from None
 
     def contract(self, kernel):
-        """A launch function that picks the form by the number of tokens: gemv, skinny, matmul, then the vendor's."""
+        """A launch function that picks the form by the number of tokens: gemv, stream or skinny, matmul, then the vendor's."""
         parts = Contraction(kernel.attrs["body"])
         comment = self.source_lines(kernel)
         shape = (parts.n, parts.k, parts.leaves, self.itemsize, self.gpu)
         rows = COUNTS[parts.row_dim]
         vendor = schedule.vendor_from(*shape) if parts.x.op == "input" else None
         plan = [("gemv", (schedule.gemv(*shape),)), ("skinny", schedule.skinny(*shape)), ("matmul", schedule.matmul(*shape))]
+        streams = schedule.stream(*shape) if parts.streams else ()
+        if streams:
+            plan.insert(1, ("stream", streams))
         sources, lines, reached = [], [], 0
         for form, tiles in plan:
             block_n = max((t.block_n for t in tiles), key=lambda size: parts.n % size)
@@ -50,6 +53,10 @@ class Launches:
             source.facts["tiles"] = tiles
             sources.append(source)
             for t in tiles:
+                if form == "stream":
+                    lines.append(f"elif HOPPER and {t.least} <= {rows} <= {t.tokens}:")
+                    lines += indent(self.launch(source, parts, rows, t))
+                    continue
                 limit = 1 if form == "gemv" else t.tokens or vendor
                 if limit and limit <= reached:
                     continue
@@ -57,12 +64,13 @@ class Launches:
                 test = f"{rows} == 1" if form == "gemv" else f"{rows} <= {limit}"
                 lines.append(f"{'elif' if lines else 'if'} {test}:" if limit else "else:")
                 lines += indent(self.launch(source, parts, rows, t))
-        if vendor:
-            extra, text = self.vendor(kernel, parts, rows, comment)
-            sources += extra
-            lines += ["else:", *indent(text)]
+        extra, text = self.vendor(kernel, parts, rows, comment) if vendor else ([], [])
+        sources += extra
+        lines += ["else:", *indent(text)] if vendor else []
+        if any(t.given for t in streams) and not any(s.form == "stats" for s in sources):
+            sources.append(self.stats(kernel, parts, comment))
         params = merge(*(s.roles for s in sources))
-        model = [("m", ("model",))] if vendor else []
+        model = [("m", ("model",))] if vendor or streams and parts.beside else []
         return sources, lines, [*model, (rows, ("tokens", rows)), *params]
 
     def launch(self, source: Source, parts: Contraction, rows: str, t) -> list[str]:
@@ -71,6 +79,11 @@ class Launches:
         constants = {"BLOCK_N": t.block_n, "BLOCK_K": t.block_k, "STAGES": t.stages}
         if source.form == "gemv":
             return call(source, f"({blocks},)", None, constants, t.num_warps)
+        before = []
+        if source.form == "stream":
+            constants["GIVEN"] = t.given
+            before = [f"stats = m.stats({rows}, {len(parts.beside)})"] if parts.beside else []
+            before += self.call_stats(parts, rows) if t.given else []
         constants = {"BLOCK_M": t.block_m} | constants
         grid = f"(triton.cdiv({rows}, {t.block_m}) * {blocks},)"
         if source.form == "matmul":
@@ -80,7 +93,16 @@ class Launches:
             sums = max(1, len(parts.beside)) * tokens * -(-parts.n // t.block_n)
             self.partial = max(self.partial, t.splits * (parts.leaves * parts.n * tokens + sums))
             self.arrivals = max(self.arrivals, tokens // t.block_m * -(-parts.n // t.block_n))
-        return call(source, f"{grid[:-2]}, {t.splits})", rows, constants | {"SPLITS": t.splits}, t.num_warps)
+        return before + call(source, f"{grid[:-2]}, {t.splits})", rows, constants | {"SPLITS": t.splits}, t.num_warps)
+
+    def stats(self, kernel, parts: Contraction, comment) -> Source:
+        """The kernel of the row reductions beside a contraction."""
+        return contraction(kernel, "kernel_stats", "stats", comment, self.dtype, 1, stats_block(parts), parts)
+
+    def call_stats(self, parts: Contraction, rows: str) -> list[str]:
+        x = parts.x.attrs["name"]
+        constants = {"BLOCK_M": 4, "BLOCK_K": stats_block(parts)}
+        return launch_text("kernel_stats", [x, "stats", rows], f"(triton.cdiv({rows}, 4),)", constants, 4)
 
     def vendor(self, kernel, parts: Contraction, rows: str, comment) -> tuple[list[Source], list[str]]:
         """(kernels, lines): the vendor's matmul, and what surrounds it. A sum with one stored value is the matmul's own."""
@@ -92,11 +114,9 @@ class Launches:
         lines = [f"product = m.product({rows}, {parts.leaves * parts.n})", f"torch.mm({x}[:{rows}], {matrix}, out=product)"]
         sources = []
         if parts.beside:
-            block_k = min(1024, schedule.padded(parts.k))
-            stats = contraction(kernel, "kernel_stats", "stats", comment, self.dtype, 1, block_k, parts)
-            sources.append(stats)
+            sources.append(self.stats(kernel, parts, comment))
             lines.append(f"stats = m.stats({rows}, {len(parts.beside)})")
-            lines += call(stats, f"(triton.cdiv({rows}, 4),)", rows, {"BLOCK_M": 4, "BLOCK_K": block_k}, 4)
+            lines += call(sources[0], f"(triton.cdiv({rows}, 4),)", rows, {"BLOCK_M": 4, "BLOCK_K": stats_block(parts)}, 4)
         block_n = min(256, schedule.padded(parts.n))
         tail = contraction(kernel, "kernel_epilogue", "epilogue", comment, self.dtype, block_n, 1, parts)
         grid = f"(triton.cdiv({rows}, 8) * triton.cdiv({parts.n}, {block_n}),)"
@@ -189,9 +209,26 @@ def unsupported(value: Value, found: str) -> UserError:
 
 
 def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: int) -> list[str]:
-    pointers = ", ".join([*(p.removesuffix("_ptr") for p in source.roles), *([tokens] if tokens else [])])
+    """A launch. What a Gluon kernel takes tile by tile is described to the bulk copy engine."""
+    pointers, described = [], source.facts.get("described", ())
+    for pointer in source.roles:
+        name = pointer.removesuffix("_ptr")
+        if pointer in described:
+            block = constants["BLOCK_N"] if pointer == described[0] else constants["BLOCK_M"]
+            bound = "" if pointer == described[0] else f"[:{tokens}]"
+            name = f"tiles({name}{bound}, {source.facts['k']}, {block}, {constants['BLOCK_K']})"
+        pointers.append(name)
+    return launch_text(source.name, [*pointers, *([tokens] if tokens else [])], grid, constants, warps)
+
+
+def launch_text(name: str, arguments: list[str], grid: str, constants: dict, warps: int) -> list[str]:
     sizes = ", ".join(f"{k}={v}" for k, v in constants.items())
-    return [f"kernels.{source.name}[{grid}](", f"    {pointers},", f"    {sizes}, PDL=PDL, num_warps={warps}, launch_pdl=PDL)"]
+    options = f"PDL=PDL, num_warps={warps}, launch_pdl=PDL"
+    return [f"kernels.{name}[{grid}](", f"    {', '.join(arguments)},", f"    {sizes}, {options})"]
+
+
+def stats_block(parts: Contraction) -> int:
+    return min(1024, schedule.padded(parts.k))
 
 
 LOCAL = ("product", "stats")  # scratch that a launch function takes from the model itself

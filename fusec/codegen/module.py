@@ -9,6 +9,7 @@ run.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from ..ir.graph import Graph, Value
@@ -215,9 +216,13 @@ class Builder:
                 "`w` the packed weights, `c` the caches, `b` the batch (fusec.runtime.batch.Batch)."
             ),
         )
-        head += "import torch\nimport triton\nfrom fusec.codegen.attention_schedule import decode_launch, prefill_launch\n\n"
+        head += "import torch\nimport triton\nfrom fusec.codegen.attention_schedule import decode_launch, prefill_launch\n"
+        described = any("described" in s.facts and s.form == "stream" for f in self.module.functions for s in f.sources)
+        head += "from fusec.runtime.tiles import tiles\n\n" if described else "\n"
         head += "import kernels\n\n"
         head += "PDL = True  # each launch starts while the one before it drains, and waits for its results where it needs them\n"
+        if described:
+            head += "HOPPER = True  # the GPU has the bulk copies and warpgroup products of the stream kernels\n"
         parts = [head]
         for f in self.module.functions:
             lines = [f"def {f.name}({', '.join(f.params)}):", *("    " + line for line in f.launch)]
@@ -240,10 +245,17 @@ class Builder:
 def preamble(text: str) -> str:
     """What the kernels in `text` import and call."""
     head = "import triton\nimport triton.language as tl\n"
+    if "@gluon.jit" in text:
+        head += environment().get_template("gluon_imports.py.jinja").render()
     head += "from triton.language.extra import libdevice\n" if "libdevice." in text else ""
     head += "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
-    helper = environment().get_template("fetch.py.jinja").render() if " fetch(" in text else ""
-    return head + (f"\n\n{helper}" if helper else "")
+    if "@gluon.jit" in text:
+        head += "\n" + environment().get_template("gluon_names.py.jinja").render()
+    code = "\n".join(line for line in text.split("\n") if not line.lstrip().startswith("#"))
+    for helper in ("fetch", "sigmoid"):
+        if re.search(rf"(?<![\w.]){helper}\(", code):
+            head += "\n\n" + environment().get_template(f"{helper}.py.jinja").render()
+    return head
 
 
 def structure(kernel: Value) -> tuple:

@@ -39,6 +39,30 @@ class Skinny:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """A few tokens on a Hopper GPU, up to `tokens`, which is the tile's width too: rows and columns of a tile of weights,
+    programs that share a tile's K, places in the ring. given: whether row reductions are made beforehand, by a kernel of their
+    own."""
+
+    tokens: int
+    block_n: int
+    block_k: int
+    splits: int
+    num_warps: int
+    stages: int
+    given: bool = False
+
+    @property
+    def block_m(self) -> int:
+        return self.tokens
+
+    @property
+    def least(self) -> int:
+        """The fewest tokens it is for: fewer have a narrower tile."""
+        return 2 if self.tokens == 16 else self.tokens // 2 + 1
+
+
+@dataclass(frozen=True)
 class Matmul:
     """Many tokens: tiles of tokens, rows and columns; blocks of tokens that share weights in L2. tokens: up to how many
     (None: any)."""
@@ -81,6 +105,27 @@ def skinny(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT
     return tuple(table)
 
 
+def stream(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT) -> tuple[Stream, ...]:
+    """Long steps along K; K is split until there are two programs a multiprocessor, a ring of half its shared memory each.
+    Empty where K is no whole number of steps, which the copies must be."""
+    if itemsize != 2 or k % 64:
+        return ()
+    found = lookup(gpu, "stream", rows, k, leaves, itemsize)
+    if found:
+        return tuple(Stream(**row) for row in found)
+    table = []
+    for tokens in (16, 32, 64):
+        block_n = 64
+        block_k = fit(k, 128 if (leaves * block_n + tokens) * 128 * itemsize * 3 <= HALF else 64)
+        steps, tiles = k // block_k, -(-rows // block_n)
+        splits = max(1, min(2 * MULTIPROCESSORS // tiles, steps // 4))
+        while splits > 1 and (splits - 1) * -(-steps // splits) >= steps:  # every program has a share
+            splits -= 1
+        stages = max(3, min(8, HALF // ((leaves * block_n + tokens) * block_k * itemsize)))
+        table.append(Stream(tokens, block_n, block_k, splits, 4 if leaves * tokens < 64 else 8, stages))
+    return tuple(table)
+
+
 def matmul(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT) -> tuple[Matmul, ...]:
     """Square tiles for the tensor cores."""
     found = lookup(gpu, "matmul", rows, k, leaves, itemsize)
@@ -98,6 +143,7 @@ def vendor_from(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DE
 
 
 VENDOR_FROM = 256
+HALF = 110 << 10  # bytes of shared memory of which a multiprocessor has room for two
 MULTIPROCESSORS = 132
 
 

@@ -9,6 +9,7 @@ from fusec.codegen.contraction_kernel import contraction
 from fusec.codegen.module import preamble
 from fusec.ir.text import read_graph
 from fusec.passes import fuse
+from fusec.runtime.tiles import tiles
 
 ONE_LEAF = """\
 graph tile
@@ -50,7 +51,8 @@ class Case:
         parts = Contraction(kernel.attrs["body"])
         self.source = contraction(kernel, self.name, form, [], name, tiles.block_n, tiles.block_k, parts)
         self.path.write_text(preamble(self.source.text) + "\n\n" + self.source.text)
-        self.tokens = tiles.tokens - 1 if form == "skinny" else {"gemv": 1, "matmul": 257}[form]  # so that masks matter
+        few = form in ("skinny", "stream")
+        self.tokens = tiles.tokens - 1 if few else {"gemv": 1, "matmul": 257}[form]  # so that masks matter
 
     def __repr__(self):
         return f"{self.form} {self.n} x {self.k}, {self.leaves} leaves, {self.tiles}"
@@ -60,8 +62,11 @@ class Case:
 
     def job(self):
         kinds = {"weight": self.dtype, "input": self.dtype, "output": self.dtype}
-        scratch = {"partial": "float32", "arrivals": "int32"}
-        pointers = [str(kinds.get(role[0], scratch.get(role[-1]))).removeprefix("torch.") for role in self.source.roles.values()]
+        scratch = {"partial": "float32", "arrivals": "int32", "stats": "float32"}
+        blocks, pointers = tune.blocks_of(self.source, self.sizes()), []
+        for pointer, role in self.source.roles.items():
+            kind = str(kinds.get(role[0], scratch.get(role[-1]))).removeprefix("torch.")
+            pointers.append((kind, self.k, blocks[pointer]) if pointer in blocks else kind)
         arguments = [*pointers, *([33] if self.form != "gemv" else [])]
         options = {"num_warps": self.tiles.num_warps, "launch_pdl": True}
         return str(self.path), self.name, arguments, self.sizes() | {"PDL": True}, options
@@ -74,9 +79,13 @@ class Case:
         out = torch.full((t, n), float("nan"), dtype=self.dtype, device=device)
         partial = torch.full((splits * padded * (self.leaves * n + blocks),), float("nan"), device=device)
         arrivals = torch.zeros(height * blocks, dtype=torch.int32, device=device)
-        values = {"weight": w, "input": x, "output": out, "partial": partial, "arrivals": arrivals}
+        stats = x.float().pow(2).mean(-1)
+        values = {"weight": w, "input": x, "output": out, "partial": partial, "arrivals": arrivals, "stats": stats}
         arguments = [values[role[0]] if role[0] in values else values[role[1]] for role in self.source.roles.values()]
-        grid = {"gemv": (blocks,), "skinny": (height * blocks, splits), "matmul": (height * blocks,)}[self.form]
+        for pointer, block in tune.blocks_of(self.source, self.sizes()).items():
+            at = list(self.source.roles).index(pointer)
+            arguments[at] = tiles(arguments[at], self.k, *block)
+        grid = {"gemv": (blocks,), "matmul": (height * blocks,)}.get(self.form, (height * blocks, splits))
         arguments += [t] if self.form != "gemv" else []
         launch = getattr(tune.load_kernels(str(self.path)), self.name)[grid]
         for _ in range(2):  # the second launch finds the counters as the first left them

@@ -20,7 +20,9 @@ from fusec.codegen import schedule
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 TABLES = Path(fusec.codegen.__file__).parent / "tables"
-TILES = {"gemv": schedule.Gemv, "skinny": schedule.Skinny, "matmul": schedule.Matmul}
+TILES = {"gemv": schedule.Gemv, "skinny": schedule.Skinny, "stream": schedule.Stream, "matmul": schedule.Matmul}
+
+
 def rows():
     """(form, rows, k, leaves, itemsize, tiles) of every table."""
     for path in sorted(TABLES.glob("*.json")):

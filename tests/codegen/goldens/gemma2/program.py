@@ -7,10 +7,12 @@ T tokens are packed into a step, N of their rows are wanted as logits. `m` holds
 import torch
 import triton
 from fusec.codegen.attention_schedule import decode_launch, prefill_launch
+from fusec.runtime.tiles import tiles
 
 import kernels
 
 PDL = True  # each launch starts while the one before it drains, and waits for its results where it needs them
+HOPPER = True  # the GPU has the bulk copies and warpgroup products of the stream kernels
 
 
 def embed_tokens_positions(T, ids, embed_tokens, out0, pos, table, out1, out2):
@@ -73,6 +75,18 @@ def o_proj(m, T, o_proj, attended, out, partial, arrivals):
         kernels.o_proj_gemv[(triton.cdiv(2304, 4),)](
             o_proj, attended, out,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 16:
+        kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(2304, 64), 4)](
+            tiles(o_proj, 2048, 64, 128), tiles(attended[:T], 2048, 16, 128), out, partial, arrivals, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(2304, 64), 4)](
+            tiles(o_proj, 2048, 64, 128), tiles(attended[:T], 2048, 32, 128), out, partial, arrivals, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(2304, 64), 4)](
+            tiles(o_proj, 2048, 64, 128), tiles(attended[:T], 2048, 64, 128), out, partial, arrivals, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(2304, 32), 2)](
             o_proj, attended, out, partial, arrivals, T,
@@ -108,6 +122,18 @@ def gate_up_proj(m, T, gate_up_proj, x, rsqrt, out, partial, arrivals):
         kernels.gate_up_proj_gemv[(triton.cdiv(9216, 4),)](
             gate_up_proj, x, rsqrt, out,
             BLOCK_N=4, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 16:
+        kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(9216, 64), 1)](
+            tiles(gate_up_proj, 2304, 64, 128), tiles(x[:T], 2304, 16, 128), rsqrt, out, partial, arrivals, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(9216, 64), 1)](
+            tiles(gate_up_proj, 2304, 64, 64), tiles(x[:T], 2304, 32, 64), rsqrt, out, partial, arrivals, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(9216, 64), 1)](
+            tiles(gate_up_proj, 2304, 64, 64), tiles(x[:T], 2304, 64, 64), rsqrt, out, partial, arrivals, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(9216, 16), 1)](
             gate_up_proj, x, rsqrt, out, partial, arrivals, T,
@@ -137,6 +163,18 @@ def down_proj(m, T, down_proj, x, out, partial, arrivals):
         kernels.down_proj_gemv[(triton.cdiv(2304, 4),)](
             down_proj, x, out,
             BLOCK_N=4, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 16:
+        kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(2304, 64), 7)](
+            tiles(down_proj, 9216, 64, 128), tiles(x[:T], 9216, 16, 128), out, partial, arrivals, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=7, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        kernels.down_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(2304, 64), 7)](
+            tiles(down_proj, 9216, 64, 128), tiles(x[:T], 9216, 32, 128), out, partial, arrivals, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=7, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        kernels.down_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(2304, 64), 7)](
+            tiles(down_proj, 9216, 64, 128), tiles(x[:T], 9216, 64, 128), out, partial, arrivals, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=7, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(2304, 32), 2)](
             down_proj, x, out, partial, arrivals, T,
@@ -172,6 +210,21 @@ def q_k_v_proj_2(m, T, q_k_v_proj, x, rsqrt, cos, sin, out, k_cache, slots, v_ca
         kernels.q_k_v_proj_2_gemv[(triton.cdiv(2048, 2),)](
             q_k_v_proj, x, rsqrt, cos, sin, out, k_cache, slots, v_cache,
             BLOCK_N=2, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 16:
+        kernels.q_k_v_proj_2_stream[(triton.cdiv(T, 16) * triton.cdiv(2048, 64), 4)](
+            tiles(q_k_v_proj, 2304, 64, 128), tiles(x[:T], 2304, 16, 128), rsqrt, cos, sin, out, k_cache, slots,
+            v_cache, partial, arrivals, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        kernels.q_k_v_proj_2_stream[(triton.cdiv(T, 32) * triton.cdiv(2048, 64), 8)](
+            tiles(q_k_v_proj, 2304, 64, 64), tiles(x[:T], 2304, 32, 64), rsqrt, cos, sin, out, k_cache, slots, v_cache,
+            partial, arrivals, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        kernels.q_k_v_proj_2_stream[(triton.cdiv(T, 64) * triton.cdiv(2048, 64), 8)](
+            tiles(q_k_v_proj, 2304, 64, 64), tiles(x[:T], 2304, 64, 64), rsqrt, cos, sin, out, k_cache, slots, v_cache,
+            partial, arrivals, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_2_skinny[(triton.cdiv(T, 16) * triton.cdiv(2048, 16), 2)](
             q_k_v_proj, x, rsqrt, cos, sin, out, k_cache, slots, v_cache, partial, arrivals, T,

@@ -7,10 +7,12 @@ T tokens are packed into a step, N of their rows are wanted as logits. `m` holds
 import torch
 import triton
 from fusec.codegen.attention_schedule import decode_launch, prefill_launch
+from fusec.runtime.tiles import tiles
 
 import kernels
 
 PDL = True  # each launch starts while the one before it drains, and waits for its results where it needs them
+HOPPER = True  # the GPU has the bulk copies and warpgroup products of the stream kernels
 
 
 def wte_wpe(T, ids, wte, pos, wpe, out):
@@ -66,6 +68,18 @@ def c_proj(m, T, c_proj, attended, x, c_proj_bias, out, partial, arrivals):
         kernels.c_proj_gemv[(triton.cdiv(768, 1),)](
             c_proj, attended, x, c_proj_bias, out,
             BLOCK_N=1, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 16:
+        kernels.c_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(768, 64), 1)](
+            tiles(c_proj, 768, 64, 128), tiles(attended[:T], 768, 16, 128), x, c_proj_bias, out, partial, arrivals, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        kernels.c_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(768, 64), 1)](
+            tiles(c_proj, 768, 64, 128), tiles(attended[:T], 768, 32, 128), x, c_proj_bias, out, partial, arrivals, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        kernels.c_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(768, 64), 1)](
+            tiles(c_proj, 768, 64, 128), tiles(attended[:T], 768, 64, 128), x, c_proj_bias, out, partial, arrivals, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.c_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(768, 32), 1)](
             c_proj, attended, x, c_proj_bias, out, partial, arrivals, T,
@@ -118,6 +132,18 @@ def c_proj_2(m, T, c_proj, x, x_2, c_proj_bias, out, partial, arrivals):
         kernels.c_proj_2_gemv[(triton.cdiv(768, 1),)](
             c_proj, x, x_2, c_proj_bias, out,
             BLOCK_N=1, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 16:
+        kernels.c_proj_2_stream[(triton.cdiv(T, 16) * triton.cdiv(768, 64), 6)](
+            tiles(c_proj, 3072, 64, 128), tiles(x[:T], 3072, 16, 128), x_2, c_proj_bias, out, partial, arrivals, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=6, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        kernels.c_proj_2_stream[(triton.cdiv(T, 32) * triton.cdiv(768, 64), 6)](
+            tiles(c_proj, 3072, 64, 128), tiles(x[:T], 3072, 32, 128), x_2, c_proj_bias, out, partial, arrivals, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=6, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        kernels.c_proj_2_stream[(triton.cdiv(T, 64) * triton.cdiv(768, 64), 6)](
+            tiles(c_proj, 3072, 64, 128), tiles(x[:T], 3072, 64, 128), x_2, c_proj_bias, out, partial, arrivals, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=6, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.c_proj_2_skinny[(triton.cdiv(T, 16) * triton.cdiv(768, 32), 4)](
             c_proj, x, x_2, c_proj_bias, out, partial, arrivals, T,

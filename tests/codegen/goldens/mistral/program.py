@@ -7,10 +7,12 @@ T tokens are packed into a step, N of their rows are wanted as logits. `m` holds
 import torch
 import triton
 from fusec.codegen.attention_schedule import decode_launch, prefill_launch
+from fusec.runtime.tiles import tiles
 
 import kernels
 
 PDL = True  # each launch starts while the one before it drains, and waits for its results where it needs them
+HOPPER = True  # the GPU has the bulk copies and warpgroup products of the stream kernels
 
 
 def embed_tokens_positions(T, ids, embed_tokens, out0, pos, table, out1, out2):
@@ -24,6 +26,24 @@ def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, part
         kernels.q_k_v_proj_gemv[(triton.cdiv(3072, 2),)](
             q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache,
             BLOCK_N=2, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 16:
+        stats = m.stats(T, 1)
+        kernels.q_k_v_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3072, 64), 5)](
+            tiles(q_k_v_proj, 4096, 64, 128), tiles(x[:T], 4096, 16, 128), cos, sin, out, k_cache, slots, v_cache,
+            partial, arrivals, stats, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=5, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        stats = m.stats(T, 1)
+        kernels.q_k_v_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3072, 64), 5)](
+            tiles(q_k_v_proj, 4096, 64, 64), tiles(x[:T], 4096, 32, 64), cos, sin, out, k_cache, slots, v_cache,
+            partial, arrivals, stats, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=5, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        stats = m.stats(T, 1)
+        kernels.q_k_v_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3072, 64), 5)](
+            tiles(q_k_v_proj, 4096, 64, 64), tiles(x[:T], 4096, 64, 64), cos, sin, out, k_cache, slots, v_cache,
+            partial, arrivals, stats, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=5, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3072, 64), 5)](
             q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals, T,
@@ -77,6 +97,18 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
         kernels.o_proj_gemv[(triton.cdiv(4096, 4),)](
             o_proj, attended, x, out,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 16:
+        kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 4)](
+            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 16, 128), x, out, partial, arrivals, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 4)](
+            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 32, 128), x, out, partial, arrivals, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 4)](
+            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 64, 128), x, out, partial, arrivals, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, x, out, partial, arrivals, T,
@@ -106,6 +138,21 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
         kernels.gate_up_proj_gemv[(triton.cdiv(14336, 1),)](
             gate_up_proj, x, out,
             BLOCK_N=1, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 16:
+        stats = m.stats(T, 1)
+        kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(14336, 64), 1)](
+            tiles(gate_up_proj, 4096, 64, 128), tiles(x[:T], 4096, 16, 128), out, partial, arrivals, stats, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        stats = m.stats(T, 1)
+        kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(14336, 64), 1)](
+            tiles(gate_up_proj, 4096, 64, 64), tiles(x[:T], 4096, 32, 64), out, partial, arrivals, stats, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        stats = m.stats(T, 1)
+        kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(14336, 64), 1)](
+            tiles(gate_up_proj, 4096, 64, 64), tiles(x[:T], 4096, 64, 64), out, partial, arrivals, stats, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(14336, 64), 1)](
             gate_up_proj, x, out, partial, arrivals, T,
@@ -139,6 +186,18 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
         kernels.down_proj_gemv[(triton.cdiv(4096, 8),)](
             down_proj, x, x_2, out,
             BLOCK_N=8, BLOCK_K=1024, STAGES=3, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 16:
+        kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 4)](
+            tiles(down_proj, 14336, 64, 128), tiles(x[:T], 14336, 16, 128), x_2, out, partial, arrivals, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        kernels.down_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 4)](
+            tiles(down_proj, 14336, 64, 128), tiles(x[:T], 14336, 32, 128), x_2, out, partial, arrivals, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        kernels.down_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 4)](
+            tiles(down_proj, 14336, 64, 128), tiles(x[:T], 14336, 64, 128), x_2, out, partial, arrivals, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             down_proj, x, x_2, out, partial, arrivals, T,

@@ -5,7 +5,15 @@ Arithmetic is float32 inside a kernel; values are rounded to their own type wher
 
 import triton
 import triton.language as tl
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# Triton 3.6 calls these otherwise than later versions do.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @triton.jit
@@ -72,6 +80,97 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, out0_ptr, out1_ptr, v_cache_ptr, slot
     tl.store(out0_ptr + n, y0, mask=inside)
     tl.store(out1_ptr + i, y0, mask=inside_2)
     tl.store(v_cache_ptr + slot * 4096 + i_2, y0, mask=inside_3 & (slot >= 0))
+
+
+@gluon.jit(do_not_specialize=["T"])
+def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, out0_ptr, out1_ptr, v_cache_ptr, slots_ptr, partial_ptr, arrivals_ptr,
+                      T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                      STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
+    # olmo2.fuse:32   q = rope[K](q_norm(q_proj(x)), pos, freqs)
+    # olmo2.fuse:33   k = rope[K](k_norm(k_proj(x)), pos, freqs)
+    # olmo2.fuse:34   v = v_proj(x)
+    # olmo2.fuse:35   o_proj(attend[K](q, cache(k), cache(v), pos))
+    ROWS: gl.constexpr = 12288
+    LEAVES: gl.constexpr = 1
+    BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    STEPS: gl.constexpr = 4096 // BLOCK_K
+    SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    WARPS: gl.constexpr = gl.num_warps()
+    TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, WARPS // TALL], [16, BLOCK_M * TALL // WARPS, 16])
+    if PDL:
+        gdc_launch_dependents()
+    tile = gl.program_id(0)
+    split = gl.program_id(1)
+    n_0 = tile % BLOCKS_N * BLOCK_N
+    t_0 = tile // BLOCKS_N * BLOCK_M
+    first = split * SHARE
+    steps = gl.minimum(SHARE, STEPS - first)
+    w_ring = gl.allocate_shared_memory(q_k_v_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
+            q_k_v_proj_tiles.layout)
+    x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    fence_async_shared()
+    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
+        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        for leaf in gl.static_range(LEAVES):
+            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    if PDL:
+        gdc_wait()
+    for stage in gl.static_range(STAGES):
+        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
+                pred=stage < steps)
+
+    nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    y0 = warpgroup_mma_init(nothing)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        tokens_tile = x_ring.index(place)
+        y0 = warpgroup_mma(w_ring.index(place * LEAVES), tokens_tile.permute((1, 0)), y0, is_async=True)
+        # The products of the step before are done: its place takes the step that comes a round later.
+        y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        free = (step + STAGES - 1) % STAGES
+        more = (step > 0) & (step - 1 + STAGES < steps)
+        k_0 = (first + step - 1 + STAGES) * BLOCK_K
+        mbarrier.expect(ready.index(free), BYTES, pred=more)
+        for leaf in gl.static_range(LEAVES):
+            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, k_0], ready.index(free),
+                    w_ring.index(free * LEAVES + leaf), pred=more)
+        async_load(x_tiles, [t_0, k_0], ready.index(free), x_ring.index(free), pred=more)
+    y0 = warpgroup_mma_wait(0, deps=(y0,))
+
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    if SPLITS > 1:
+        tokens = gl.cdiv(T, BLOCK_M) * BLOCK_M
+        cell = t * ROWS + n
+        gl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        barrier()  # every warp's stores come before the one thread's release below
+        if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
+            return
+        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+        for part in gl.static_range(SPLITS):
+            y0 += gl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+        gl.store(arrivals_ptr + tile, 0)
+    if gl.min(n) < 4096:
+        inside = n < 4096
+        gl.store(out0_ptr + t.to(gl.int64) * 4096 + n, y0, mask=inside & t_mask)
+    if (gl.max(n) >= 4096) & (gl.min(n) < 8192):
+        inside_2 = (n >= 4096) & (n < 8192)
+        i = n - 4096
+        gl.store(out1_ptr + t.to(gl.int64) * 4096 + i, y0, mask=inside_2 & t_mask)
+    if gl.max(n) >= 8192:
+        inside_3 = n >= 8192
+        i_2 = n - 8192
+        slot = gl.load(slots_ptr + t, mask=t_mask, other=-1)
+        gl.store(v_cache_ptr + slot * 4096 + i_2, y0, mask=inside_3 & t_mask & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -487,6 +586,82 @@ def o_proj_gemv(o_proj_ptr, attended_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_
     tl.store(out_ptr + n, y0)
 
 
+@gluon.jit(do_not_specialize=["T"])
+def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+                  GIVEN: tl.constexpr, PDL: tl.constexpr):
+    # olmo2.fuse:35   o_proj(attend[K](q, cache(k), cache(v), pos))
+    ROWS: gl.constexpr = 4096
+    LEAVES: gl.constexpr = 1
+    BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    STEPS: gl.constexpr = 4096 // BLOCK_K
+    SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    WARPS: gl.constexpr = gl.num_warps()
+    TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, WARPS // TALL], [16, BLOCK_M * TALL // WARPS, 16])
+    if PDL:
+        gdc_launch_dependents()
+    tile = gl.program_id(0)
+    split = gl.program_id(1)
+    n_0 = tile % BLOCKS_N * BLOCK_N
+    t_0 = tile // BLOCKS_N * BLOCK_M
+    first = split * SHARE
+    steps = gl.minimum(SHARE, STEPS - first)
+    w_ring = gl.allocate_shared_memory(o_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K], o_proj_tiles.layout)
+    x_ring = gl.allocate_shared_memory(attended_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], attended_tiles.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    fence_async_shared()
+    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
+        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        for leaf in gl.static_range(LEAVES):
+            async_load(o_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    if PDL:
+        gdc_wait()
+    for stage in gl.static_range(STAGES):
+        async_load(attended_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
+                pred=stage < steps)
+
+    nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    y0 = warpgroup_mma_init(nothing)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        tokens_tile = x_ring.index(place)
+        y0 = warpgroup_mma(w_ring.index(place * LEAVES), tokens_tile.permute((1, 0)), y0, is_async=True)
+        # The products of the step before are done: its place takes the step that comes a round later.
+        y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        free = (step + STAGES - 1) % STAGES
+        more = (step > 0) & (step - 1 + STAGES < steps)
+        k_0 = (first + step - 1 + STAGES) * BLOCK_K
+        mbarrier.expect(ready.index(free), BYTES, pred=more)
+        for leaf in gl.static_range(LEAVES):
+            async_load(o_proj_tiles, [leaf * ROWS + n_0, k_0], ready.index(free), w_ring.index(free * LEAVES + leaf),
+                    pred=more)
+        async_load(attended_tiles, [t_0, k_0], ready.index(free), x_ring.index(free), pred=more)
+    y0 = warpgroup_mma_wait(0, deps=(y0,))
+
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    if SPLITS > 1:
+        tokens = gl.cdiv(T, BLOCK_M) * BLOCK_M
+        cell = t * ROWS + n
+        gl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        barrier()  # every warp's stores come before the one thread's release below
+        if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
+            return
+        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+        for part in gl.static_range(SPLITS):
+            y0 += gl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+        gl.store(arrivals_ptr + tile, 0)
+    gl.store(out_ptr + t.to(gl.int64) * 4096 + n, y0, mask=t_mask)
+
+
 @triton.jit(do_not_specialize=["T"])
 def o_proj_skinny(o_proj_ptr, attended_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
@@ -628,6 +803,91 @@ def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, B
     tl.store(out_ptr + n, (y0 * (1 / (1 + tl.exp(-y0)))) * y1)
 
 
+@gluon.jit(do_not_specialize=["T"])
+def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
+                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+                        GIVEN: tl.constexpr, PDL: tl.constexpr):
+    # olmo2.fuse:42   down_proj(silu(gate_proj(x)) * up_proj(x))
+    ROWS: gl.constexpr = 11008
+    LEAVES: gl.constexpr = 2
+    BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    STEPS: gl.constexpr = 4096 // BLOCK_K
+    SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    WARPS: gl.constexpr = gl.num_warps()
+    TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, WARPS // TALL], [16, BLOCK_M * TALL // WARPS, 16])
+    if PDL:
+        gdc_launch_dependents()
+    tile = gl.program_id(0)
+    split = gl.program_id(1)
+    n_0 = tile % BLOCKS_N * BLOCK_N
+    t_0 = tile // BLOCKS_N * BLOCK_M
+    first = split * SHARE
+    steps = gl.minimum(SHARE, STEPS - first)
+    w_ring = gl.allocate_shared_memory(gate_up_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
+            gate_up_proj_tiles.layout)
+    x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    fence_async_shared()
+    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
+        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        for leaf in gl.static_range(LEAVES):
+            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    if PDL:
+        gdc_wait()
+    for stage in gl.static_range(STAGES):
+        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
+                pred=stage < steps)
+
+    nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    y0 = warpgroup_mma_init(nothing)
+    y1 = warpgroup_mma_init(nothing)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        tokens_tile = x_ring.index(place)
+        y0 = warpgroup_mma(w_ring.index(place * LEAVES), tokens_tile.permute((1, 0)), y0, is_async=True)
+        y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), tokens_tile.permute((1, 0)), y1, is_async=True)
+        # The products of the step before are done: its place takes the step that comes a round later.
+        y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
+        y0 = warpgroup_mma_init(y0)
+        y1 = warpgroup_mma_init(y1)
+        free = (step + STAGES - 1) % STAGES
+        more = (step > 0) & (step - 1 + STAGES < steps)
+        k_0 = (first + step - 1 + STAGES) * BLOCK_K
+        mbarrier.expect(ready.index(free), BYTES, pred=more)
+        for leaf in gl.static_range(LEAVES):
+            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, k_0], ready.index(free),
+                    w_ring.index(free * LEAVES + leaf), pred=more)
+        async_load(x_tiles, [t_0, k_0], ready.index(free), x_ring.index(free), pred=more)
+    y0 = warpgroup_mma_wait(0, deps=(y0,))
+    y1 = warpgroup_mma_wait(0, deps=(y1,))
+
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    if SPLITS > 1:
+        tokens = gl.cdiv(T, BLOCK_M) * BLOCK_M
+        cell = t * ROWS + n
+        gl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        gl.store(partial_ptr + (split * LEAVES + 1) * ROWS * tokens + cell, y1)
+        barrier()  # every warp's stores come before the one thread's release below
+        if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
+            return
+        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+        y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+        for part in gl.static_range(SPLITS):
+            y0 += gl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+            y1 += gl.load(partial_ptr + (part * LEAVES + 1) * ROWS * tokens + cell, cache_modifier=".cg")
+        gl.store(arrivals_ptr + tile, 0)
+    gl.store(out_ptr + t.to(gl.int64) * 11008 + n, (y0 * (1 / (1 + gl.exp(-y0)))) * y1, mask=t_mask)
+
+
 @triton.jit(do_not_specialize=["T"])
 def gate_up_proj_skinny(gate_up_proj_ptr, x_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
@@ -755,6 +1015,83 @@ def down_proj_gemv(down_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K
         acc0 += w0.to(tl.float32) * x[None, :]
     y0 = tl.sum(acc0, 1)
     tl.store(out_ptr + n, y0)
+
+
+@gluon.jit(do_not_specialize=["T"])
+def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
+                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+                     GIVEN: tl.constexpr, PDL: tl.constexpr):
+    # olmo2.fuse:42   down_proj(silu(gate_proj(x)) * up_proj(x))
+    ROWS: gl.constexpr = 4096
+    LEAVES: gl.constexpr = 1
+    BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    STEPS: gl.constexpr = 11008 // BLOCK_K
+    SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    WARPS: gl.constexpr = gl.num_warps()
+    TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, WARPS // TALL], [16, BLOCK_M * TALL // WARPS, 16])
+    if PDL:
+        gdc_launch_dependents()
+    tile = gl.program_id(0)
+    split = gl.program_id(1)
+    n_0 = tile % BLOCKS_N * BLOCK_N
+    t_0 = tile // BLOCKS_N * BLOCK_M
+    first = split * SHARE
+    steps = gl.minimum(SHARE, STEPS - first)
+    w_ring = gl.allocate_shared_memory(down_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
+            down_proj_tiles.layout)
+    x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    fence_async_shared()
+    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
+        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        for leaf in gl.static_range(LEAVES):
+            async_load(down_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    if PDL:
+        gdc_wait()
+    for stage in gl.static_range(STAGES):
+        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
+                pred=stage < steps)
+
+    nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    y0 = warpgroup_mma_init(nothing)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        tokens_tile = x_ring.index(place)
+        y0 = warpgroup_mma(w_ring.index(place * LEAVES), tokens_tile.permute((1, 0)), y0, is_async=True)
+        # The products of the step before are done: its place takes the step that comes a round later.
+        y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        free = (step + STAGES - 1) % STAGES
+        more = (step > 0) & (step - 1 + STAGES < steps)
+        k_0 = (first + step - 1 + STAGES) * BLOCK_K
+        mbarrier.expect(ready.index(free), BYTES, pred=more)
+        for leaf in gl.static_range(LEAVES):
+            async_load(down_proj_tiles, [leaf * ROWS + n_0, k_0], ready.index(free),
+                    w_ring.index(free * LEAVES + leaf), pred=more)
+        async_load(x_tiles, [t_0, k_0], ready.index(free), x_ring.index(free), pred=more)
+    y0 = warpgroup_mma_wait(0, deps=(y0,))
+
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    if SPLITS > 1:
+        tokens = gl.cdiv(T, BLOCK_M) * BLOCK_M
+        cell = t * ROWS + n
+        gl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        barrier()  # every warp's stores come before the one thread's release below
+        if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
+            return
+        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+        for part in gl.static_range(SPLITS):
+            y0 += gl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+        gl.store(arrivals_ptr + tile, 0)
+    gl.store(out_ptr + t.to(gl.int64) * 4096 + n, y0, mask=t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])

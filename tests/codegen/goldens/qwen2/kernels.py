@@ -5,7 +5,15 @@ Arithmetic is float32 inside a kernel; values are rounded to their own type wher
 
 import triton
 import triton.language as tl
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# Triton 3.6 calls these otherwise than later versions do.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @triton.jit
@@ -110,6 +118,159 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, q_proj_bias_ptr, cos_ptr, q_proj_bias
             mask=inside_2 & (slot >= 0))
     tl.store(v_cache_ptr + slot * 512 + i_2, (y0 * rsqrt) + v_proj_bias, mask=inside_3 & (slot >= 0))
     tl.store(v_cache_ptr + slot * 512 + i, (y1 * rsqrt) + v_proj_bias_2, mask=inside_3 & (slot >= 0))
+
+
+@gluon.jit(do_not_specialize=["T"])
+def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, q_proj_bias_ptr, cos_ptr, q_proj_bias_2_ptr, sin_ptr, out_ptr,
+                      k_proj_bias_ptr, k_proj_bias_2_ptr, k_cache_ptr, slots_ptr, v_proj_bias_ptr, v_cache_ptr,
+                      partial_ptr, arrivals_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, GIVEN: tl.constexpr,
+                      PDL: tl.constexpr):
+    # qwen2.fuse:29   q = rope[K](q_proj(x), pos, freqs)
+    # qwen2.fuse:30   k = rope[K](k_proj(x), pos, freqs)
+    # qwen2.fuse:31   v = v_proj(x)
+    # qwen2.fuse:32   o_proj(attend[K, scale=scale](q, cache(k), cache(v), pos))
+    # qwen2.fuse:47   h = x + self_attn(input_layernorm(x), pos)
+    ROWS: gl.constexpr = 2304
+    LEAVES: gl.constexpr = 2
+    BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    STEPS: gl.constexpr = 3584 // BLOCK_K
+    SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    WARPS: gl.constexpr = gl.num_warps()
+    TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, WARPS // TALL], [16, BLOCK_M * TALL // WARPS, 16])
+    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
+    if PDL:
+        gdc_launch_dependents()
+    tile = gl.program_id(0)
+    split = gl.program_id(1)
+    n_0 = tile % BLOCKS_N * BLOCK_N
+    t_0 = tile // BLOCKS_N * BLOCK_M
+    first = split * SHARE
+    steps = gl.minimum(SHARE, STEPS - first)
+    w_ring = gl.allocate_shared_memory(q_k_v_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
+            q_k_v_proj_tiles.layout)
+    x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    fence_async_shared()
+    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
+        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        for leaf in gl.static_range(LEAVES):
+            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    if PDL:
+        gdc_wait()
+    for stage in gl.static_range(STAGES):
+        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
+                pred=stage < steps)
+
+    nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    y0 = warpgroup_mma_init(nothing)
+    y1 = warpgroup_mma_init(nothing)
+    mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        tokens_tile = x_ring.index(place)
+        y0 = warpgroup_mma(w_ring.index(place * LEAVES), tokens_tile.permute((1, 0)), y0, is_async=True)
+        y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), tokens_tile.permute((1, 0)), y1, is_async=True)
+        if not GIVEN:
+            x_seen = tokens_tile.load(X).to(gl.float32)
+            mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
+                    EIGHTS)
+        # The products of the step before are done: its place takes the step that comes a round later.
+        y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
+        y0 = warpgroup_mma_init(y0)
+        y1 = warpgroup_mma_init(y1)
+        free = (step + STAGES - 1) % STAGES
+        more = (step > 0) & (step - 1 + STAGES < steps)
+        k_0 = (first + step - 1 + STAGES) * BLOCK_K
+        mbarrier.expect(ready.index(free), BYTES, pred=more)
+        for leaf in gl.static_range(LEAVES):
+            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, k_0], ready.index(free),
+                    w_ring.index(free * LEAVES + leaf), pred=more)
+        async_load(x_tiles, [t_0, k_0], ready.index(free), x_ring.index(free), pred=more)
+    y0 = warpgroup_mma_wait(0, deps=(y0,))
+    y1 = warpgroup_mma_wait(0, deps=(y1,))
+
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    if GIVEN:
+        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
+    else:
+        mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
+    if SPLITS > 1:
+        tokens = gl.cdiv(T, BLOCK_M) * BLOCK_M
+        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (SPLITS * BLOCK_M)
+        cell = t * ROWS + n
+        gl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        gl.store(partial_ptr + (split * LEAVES + 1) * ROWS * tokens + cell, y1)
+        if not GIVEN:
+            gl.store(sums + (split) * BLOCK_M + m, mean)
+        barrier()  # every warp's stores come before the one thread's release below
+        if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
+            return
+        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+        y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+        if not GIVEN:
+            mean = gl.full([1, BLOCK_M], 0.0, gl.float32, Y)
+        for part in gl.static_range(SPLITS):
+            y0 += gl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+            y1 += gl.load(partial_ptr + (part * LEAVES + 1) * ROWS * tokens + cell, cache_modifier=".cg")
+            if not GIVEN:
+                mean_part = gl.load(sums + (part) * BLOCK_M + m, cache_modifier=".cg")
+                mean = mean + mean_part
+        gl.store(arrivals_ptr + tile, 0)
+    if not GIVEN:
+        mean = mean / 3584
+    v = mean + 1e-06
+    rsqrt = gl.rsqrt(v)
+    if gl.min(n) < 1792:
+        inside = n < 1792
+        i_k_2 = n % 64
+        i_r = n // 64 % 7
+        i_g = n // 448
+        q_proj_bias = gl.load(q_proj_bias_ptr + n, mask=inside, other=0).to(gl.float32)
+        v_2 = (y0 * rsqrt) + q_proj_bias
+        cos = gl.load(cos_ptr + t * 64 + i_k_2, mask=t_mask & inside, other=0).to(gl.float32)
+        q_proj_bias_2 = gl.load(q_proj_bias_2_ptr + n, mask=inside, other=0).to(gl.float32)
+        v_3 = (y1 * rsqrt) + q_proj_bias_2
+        sin = gl.load(sin_ptr + t * 64 + i_k_2, mask=t_mask & inside, other=0).to(gl.float32)
+        gl.store(out_ptr + t.to(gl.int64) * 3584 + i_g * 896 + i_r * 128 + i_k_2, (v_2 * cos) - (v_3 * sin),
+                mask=inside & t_mask)
+        gl.store(out_ptr + t.to(gl.int64) * 3584 + i_g * 896 + i_r * 128 + i_k_2 + 64, (v_3 * cos) + (v_2 * sin),
+                mask=inside & t_mask)
+    if (gl.max(n) >= 1792) & (gl.min(n) < 2048):
+        inside_2 = (n >= 1792) & (n < 2048)
+        i = n - 1792
+        i_k_2_2 = i % 64
+        i_g_2 = i // 64
+        k_proj_bias = gl.load(k_proj_bias_ptr + i, mask=inside_2, other=0).to(gl.float32)
+        v_4 = (y0 * rsqrt) + k_proj_bias
+        cos_2 = gl.load(cos_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(gl.float32)
+        k_proj_bias_2 = gl.load(k_proj_bias_2_ptr + i, mask=inside_2, other=0).to(gl.float32)
+        v_5 = (y1 * rsqrt) + k_proj_bias_2
+        sin_2 = gl.load(sin_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(gl.float32)
+        slot = gl.load(slots_ptr + t, mask=t_mask, other=-1)
+        gl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+        gl.store(k_cache_ptr + slot * 512 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2),
+                mask=inside_2 & t_mask & (slot >= 0))
+    if gl.max(n) >= 2048:
+        inside_3 = n >= 2048
+        i_2 = n - 2048
+        v_proj_bias = gl.load(v_proj_bias_ptr + i_2, mask=inside_3, other=0).to(gl.float32)
+        slot_2 = gl.load(slots_ptr + t, mask=t_mask, other=-1)
+        gl.store(v_cache_ptr + slot_2 * 512 + i_2, (y0 * rsqrt) + v_proj_bias, mask=inside_3 & t_mask & (slot_2 >= 0))
+        i_3 = n - 1792
+        v_proj_bias_2 = gl.load(v_proj_bias_ptr + i_3, mask=inside_3, other=0).to(gl.float32)
+        gl.store(v_cache_ptr + slot_2 * 512 + i_3, (y1 * rsqrt) + v_proj_bias_2, mask=inside_3 & t_mask & (slot_2 >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -620,6 +781,84 @@ def o_proj_gemv(o_proj_ptr, attended_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr,
     tl.store(out_ptr + n, x + y0)
 
 
+@gluon.jit(do_not_specialize=["T"])
+def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+                  GIVEN: tl.constexpr, PDL: tl.constexpr):
+    # qwen2.fuse:32   o_proj(attend[K, scale=scale](q, cache(k), cache(v), pos))
+    # qwen2.fuse:47   h = x + self_attn(input_layernorm(x), pos)
+    ROWS: gl.constexpr = 3584
+    LEAVES: gl.constexpr = 1
+    BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    STEPS: gl.constexpr = 3584 // BLOCK_K
+    SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    WARPS: gl.constexpr = gl.num_warps()
+    TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, WARPS // TALL], [16, BLOCK_M * TALL // WARPS, 16])
+    if PDL:
+        gdc_launch_dependents()
+    tile = gl.program_id(0)
+    split = gl.program_id(1)
+    n_0 = tile % BLOCKS_N * BLOCK_N
+    t_0 = tile // BLOCKS_N * BLOCK_M
+    first = split * SHARE
+    steps = gl.minimum(SHARE, STEPS - first)
+    w_ring = gl.allocate_shared_memory(o_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K], o_proj_tiles.layout)
+    x_ring = gl.allocate_shared_memory(attended_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], attended_tiles.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    fence_async_shared()
+    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
+        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        for leaf in gl.static_range(LEAVES):
+            async_load(o_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    if PDL:
+        gdc_wait()
+    for stage in gl.static_range(STAGES):
+        async_load(attended_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
+                pred=stage < steps)
+
+    nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    y0 = warpgroup_mma_init(nothing)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        tokens_tile = x_ring.index(place)
+        y0 = warpgroup_mma(w_ring.index(place * LEAVES), tokens_tile.permute((1, 0)), y0, is_async=True)
+        # The products of the step before are done: its place takes the step that comes a round later.
+        y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        free = (step + STAGES - 1) % STAGES
+        more = (step > 0) & (step - 1 + STAGES < steps)
+        k_0 = (first + step - 1 + STAGES) * BLOCK_K
+        mbarrier.expect(ready.index(free), BYTES, pred=more)
+        for leaf in gl.static_range(LEAVES):
+            async_load(o_proj_tiles, [leaf * ROWS + n_0, k_0], ready.index(free), w_ring.index(free * LEAVES + leaf),
+                    pred=more)
+        async_load(attended_tiles, [t_0, k_0], ready.index(free), x_ring.index(free), pred=more)
+    y0 = warpgroup_mma_wait(0, deps=(y0,))
+
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    if SPLITS > 1:
+        tokens = gl.cdiv(T, BLOCK_M) * BLOCK_M
+        cell = t * ROWS + n
+        gl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        barrier()  # every warp's stores come before the one thread's release below
+        if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
+            return
+        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+        for part in gl.static_range(SPLITS):
+            y0 += gl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+        gl.store(arrivals_ptr + tile, 0)
+    x = gl.load(x_ptr + t * 3584 + n, mask=t_mask, other=0).to(gl.float32)
+    gl.store(out_ptr + t.to(gl.int64) * 3584 + n, x + y0, mask=t_mask)
+
+
 @triton.jit(do_not_specialize=["T"])
 def o_proj_skinny(o_proj_ptr, attended_ptr, x_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
@@ -732,6 +971,116 @@ def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, B
     rsqrt = tl.rsqrt(v)
     v_2 = y0 * rsqrt
     tl.store(out_ptr + n, (v_2 * (1 / (1 + tl.exp(-v_2)))) * (y1 * rsqrt))
+
+
+@gluon.jit(do_not_specialize=["T"])
+def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, stats_ptr, T,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                        STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
+    # qwen2.fuse:39   down_proj(silu(gate_proj(x)) * up_proj(x))
+    # qwen2.fuse:48   h + mlp(post_attention_layernorm(h))
+    ROWS: gl.constexpr = 18944
+    LEAVES: gl.constexpr = 2
+    BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    STEPS: gl.constexpr = 3584 // BLOCK_K
+    SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    WARPS: gl.constexpr = gl.num_warps()
+    TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, WARPS // TALL], [16, BLOCK_M * TALL // WARPS, 16])
+    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
+    if PDL:
+        gdc_launch_dependents()
+    tile = gl.program_id(0)
+    split = gl.program_id(1)
+    n_0 = tile % BLOCKS_N * BLOCK_N
+    t_0 = tile // BLOCKS_N * BLOCK_M
+    first = split * SHARE
+    steps = gl.minimum(SHARE, STEPS - first)
+    w_ring = gl.allocate_shared_memory(gate_up_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
+            gate_up_proj_tiles.layout)
+    x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    fence_async_shared()
+    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
+        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        for leaf in gl.static_range(LEAVES):
+            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    if PDL:
+        gdc_wait()
+    for stage in gl.static_range(STAGES):
+        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
+                pred=stage < steps)
+
+    nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    y0 = warpgroup_mma_init(nothing)
+    y1 = warpgroup_mma_init(nothing)
+    mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        tokens_tile = x_ring.index(place)
+        y0 = warpgroup_mma(w_ring.index(place * LEAVES), tokens_tile.permute((1, 0)), y0, is_async=True)
+        y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), tokens_tile.permute((1, 0)), y1, is_async=True)
+        if not GIVEN:
+            x_seen = tokens_tile.load(X).to(gl.float32)
+            mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
+                    EIGHTS)
+        # The products of the step before are done: its place takes the step that comes a round later.
+        y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
+        y0 = warpgroup_mma_init(y0)
+        y1 = warpgroup_mma_init(y1)
+        free = (step + STAGES - 1) % STAGES
+        more = (step > 0) & (step - 1 + STAGES < steps)
+        k_0 = (first + step - 1 + STAGES) * BLOCK_K
+        mbarrier.expect(ready.index(free), BYTES, pred=more)
+        for leaf in gl.static_range(LEAVES):
+            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, k_0], ready.index(free),
+                    w_ring.index(free * LEAVES + leaf), pred=more)
+        async_load(x_tiles, [t_0, k_0], ready.index(free), x_ring.index(free), pred=more)
+    y0 = warpgroup_mma_wait(0, deps=(y0,))
+    y1 = warpgroup_mma_wait(0, deps=(y1,))
+
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    if GIVEN:
+        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
+    else:
+        mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
+    if SPLITS > 1:
+        tokens = gl.cdiv(T, BLOCK_M) * BLOCK_M
+        sums = partial_ptr + SPLITS * LEAVES * ROWS * tokens + tile * (SPLITS * BLOCK_M)
+        cell = t * ROWS + n
+        gl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        gl.store(partial_ptr + (split * LEAVES + 1) * ROWS * tokens + cell, y1)
+        if not GIVEN:
+            gl.store(sums + (split) * BLOCK_M + m, mean)
+        barrier()  # every warp's stores come before the one thread's release below
+        if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
+            return
+        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+        y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+        if not GIVEN:
+            mean = gl.full([1, BLOCK_M], 0.0, gl.float32, Y)
+        for part in gl.static_range(SPLITS):
+            y0 += gl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+            y1 += gl.load(partial_ptr + (part * LEAVES + 1) * ROWS * tokens + cell, cache_modifier=".cg")
+            if not GIVEN:
+                mean_part = gl.load(sums + (part) * BLOCK_M + m, cache_modifier=".cg")
+                mean = mean + mean_part
+        gl.store(arrivals_ptr + tile, 0)
+    if not GIVEN:
+        mean = mean / 3584
+    v = mean + 1e-06
+    rsqrt = gl.rsqrt(v)
+    v_2 = y0 * rsqrt
+    gl.store(out_ptr + t.to(gl.int64) * 18944 + n, (v_2 * (1 / (1 + gl.exp(-v_2)))) * (y1 * rsqrt), mask=t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -911,6 +1260,85 @@ def down_proj_gemv(down_proj_ptr, x_ptr, x_2_ptr, out_ptr, BLOCK_N: tl.constexpr
         acc0 += w0.to(tl.float32) * x[None, :]
     y0 = tl.sum(acc0, 1)
     tl.store(out_ptr + n, x_2 + y0)
+
+
+@gluon.jit(do_not_specialize=["T"])
+def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
+                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+                     GIVEN: tl.constexpr, PDL: tl.constexpr):
+    # qwen2.fuse:39   down_proj(silu(gate_proj(x)) * up_proj(x))
+    # qwen2.fuse:48   h + mlp(post_attention_layernorm(h))
+    ROWS: gl.constexpr = 3584
+    LEAVES: gl.constexpr = 1
+    BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    STEPS: gl.constexpr = 18944 // BLOCK_K
+    SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    WARPS: gl.constexpr = gl.num_warps()
+    TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, WARPS // TALL], [16, BLOCK_M * TALL // WARPS, 16])
+    if PDL:
+        gdc_launch_dependents()
+    tile = gl.program_id(0)
+    split = gl.program_id(1)
+    n_0 = tile % BLOCKS_N * BLOCK_N
+    t_0 = tile // BLOCKS_N * BLOCK_M
+    first = split * SHARE
+    steps = gl.minimum(SHARE, STEPS - first)
+    w_ring = gl.allocate_shared_memory(down_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
+            down_proj_tiles.layout)
+    x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    fence_async_shared()
+    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
+        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        for leaf in gl.static_range(LEAVES):
+            async_load(down_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    if PDL:
+        gdc_wait()
+    for stage in gl.static_range(STAGES):
+        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
+                pred=stage < steps)
+
+    nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    y0 = warpgroup_mma_init(nothing)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        tokens_tile = x_ring.index(place)
+        y0 = warpgroup_mma(w_ring.index(place * LEAVES), tokens_tile.permute((1, 0)), y0, is_async=True)
+        # The products of the step before are done: its place takes the step that comes a round later.
+        y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        free = (step + STAGES - 1) % STAGES
+        more = (step > 0) & (step - 1 + STAGES < steps)
+        k_0 = (first + step - 1 + STAGES) * BLOCK_K
+        mbarrier.expect(ready.index(free), BYTES, pred=more)
+        for leaf in gl.static_range(LEAVES):
+            async_load(down_proj_tiles, [leaf * ROWS + n_0, k_0], ready.index(free),
+                    w_ring.index(free * LEAVES + leaf), pred=more)
+        async_load(x_tiles, [t_0, k_0], ready.index(free), x_ring.index(free), pred=more)
+    y0 = warpgroup_mma_wait(0, deps=(y0,))
+
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    if SPLITS > 1:
+        tokens = gl.cdiv(T, BLOCK_M) * BLOCK_M
+        cell = t * ROWS + n
+        gl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        barrier()  # every warp's stores come before the one thread's release below
+        if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
+            return
+        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+        for part in gl.static_range(SPLITS):
+            y0 += gl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+        gl.store(arrivals_ptr + tile, 0)
+    x_2 = gl.load(x_2_ptr + t * 3584 + n, mask=t_mask, other=0).to(gl.float32)
+    gl.store(out_ptr + t.to(gl.int64) * 3584 + n, x_2 + y0, mask=t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])

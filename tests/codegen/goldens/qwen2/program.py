@@ -7,10 +7,12 @@ T tokens are packed into a step, N of their rows are wanted as logits. `m` holds
 import torch
 import triton
 from fusec.codegen.attention_schedule import decode_launch, prefill_launch
+from fusec.runtime.tiles import tiles
 
 import kernels
 
 PDL = True  # each launch starts while the one before it drains, and waits for its results where it needs them
+HOPPER = True  # the GPU has the bulk copies and warpgroup products of the stream kernels
 
 
 def embed_tokens_positions(T, ids, embed_tokens, out0, pos, table, out1, out2):
@@ -26,6 +28,24 @@ def q_k_v_proj(m, T, q_k_v_proj, x, q_proj_bias, cos, q_proj_bias_2, sin, out, k
             q_k_v_proj, x, q_proj_bias, cos, q_proj_bias_2, sin, out, k_proj_bias, k_proj_bias_2, k_cache, slots,
             v_proj_bias, v_cache,
             BLOCK_N=4, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 16:
+        stats = m.stats(T, 1)
+        kernels.q_k_v_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(2304, 64), 7)](
+            tiles(q_k_v_proj, 3584, 64, 128), tiles(x[:T], 3584, 16, 128), q_proj_bias, cos, q_proj_bias_2, sin, out,
+            k_proj_bias, k_proj_bias_2, k_cache, slots, v_proj_bias, v_cache, partial, arrivals, stats, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=7, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        stats = m.stats(T, 1)
+        kernels.q_k_v_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(2304, 64), 7)](
+            tiles(q_k_v_proj, 3584, 64, 64), tiles(x[:T], 3584, 32, 64), q_proj_bias, cos, q_proj_bias_2, sin, out,
+            k_proj_bias, k_proj_bias_2, k_cache, slots, v_proj_bias, v_cache, partial, arrivals, stats, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=7, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        stats = m.stats(T, 1)
+        kernels.q_k_v_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(2304, 64), 7)](
+            tiles(q_k_v_proj, 3584, 64, 64), tiles(x[:T], 3584, 64, 64), q_proj_bias, cos, q_proj_bias_2, sin, out,
+            k_proj_bias, k_proj_bias_2, k_cache, slots, v_proj_bias, v_cache, partial, arrivals, stats, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=7, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(2304, 16), 1)](
             q_k_v_proj, x, q_proj_bias, cos, q_proj_bias_2, sin, out, k_proj_bias, k_proj_bias_2, k_cache, slots,
@@ -80,6 +100,18 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
         kernels.o_proj_gemv[(triton.cdiv(3584, 4),)](
             o_proj, attended, x, out,
             BLOCK_N=4, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 16:
+        kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3584, 64), 4)](
+            tiles(o_proj, 3584, 64, 128), tiles(attended[:T], 3584, 16, 128), x, out, partial, arrivals, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3584, 64), 4)](
+            tiles(o_proj, 3584, 64, 128), tiles(attended[:T], 3584, 32, 128), x, out, partial, arrivals, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3584, 64), 4)](
+            tiles(o_proj, 3584, 64, 128), tiles(attended[:T], 3584, 64, 128), x, out, partial, arrivals, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3584, 32), 2)](
             o_proj, attended, x, out, partial, arrivals, T,
@@ -105,6 +137,21 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
         kernels.gate_up_proj_gemv[(triton.cdiv(18944, 8),)](
             gate_up_proj, x, out,
             BLOCK_N=8, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 16:
+        stats = m.stats(T, 1)
+        kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(18944, 64), 1)](
+            tiles(gate_up_proj, 3584, 64, 128), tiles(x[:T], 3584, 16, 128), out, partial, arrivals, stats, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        stats = m.stats(T, 1)
+        kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(18944, 64), 1)](
+            tiles(gate_up_proj, 3584, 64, 64), tiles(x[:T], 3584, 32, 64), out, partial, arrivals, stats, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        stats = m.stats(T, 1)
+        kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(18944, 64), 1)](
+            tiles(gate_up_proj, 3584, 64, 64), tiles(x[:T], 3584, 64, 64), out, partial, arrivals, stats, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(18944, 16), 1)](
             gate_up_proj, x, out, partial, arrivals, T,
@@ -138,6 +185,18 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
         kernels.down_proj_gemv[(triton.cdiv(3584, 4),)](
             down_proj, x, x_2, out,
             BLOCK_N=4, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 16:
+        kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3584, 64), 4)](
+            tiles(down_proj, 18944, 64, 128), tiles(x[:T], 18944, 16, 128), x_2, out, partial, arrivals, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        kernels.down_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3584, 64), 4)](
+            tiles(down_proj, 18944, 64, 128), tiles(x[:T], 18944, 32, 128), x_2, out, partial, arrivals, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        kernels.down_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3584, 64), 4)](
+            tiles(down_proj, 18944, 64, 128), tiles(x[:T], 18944, 64, 128), x_2, out, partial, arrivals, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3584, 32), 2)](
             down_proj, x, x_2, out, partial, arrivals, T,
