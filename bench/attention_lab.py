@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from fusec.codegen.attention_schedule import decode_launch, decode_scratch, prefill_launch  # noqa: E402
+from fusec.codegen.attention_schedule import decode_launch, decode_scratch, prefill_launch, with_tile  # noqa: E402
 
 TEMPLATES = ROOT / "templates"
 CAUSAL = "keep = k_pos <= q_pos"
@@ -147,9 +147,10 @@ def poisoned_out(case):
 
 def run_decode(fn, case, launch, scratch=None, out=None):
     out = poisoned_out(case) if out is None else out
-    scratch = scratch or make_scratch(launch, out.device)
-    fn[launch.grid](case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, out, *scratch, case.q.stride(0),
-                    case.block_tables.stride(0), **launch.constants, **launch.options)
+    sequences = len(case.context_lens)
+    scratch = scratch or make_scratch(launch, sequences, out.device)
+    fn[launch.grid](case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, out, *scratch, sequences,
+                    case.q.stride(0), case.block_tables.stride(0), **launch.constants, **launch.options)
     return out
 
 
@@ -160,11 +161,11 @@ def run_prefill(fn, case, launch, out=None):
     return out
 
 
-def make_scratch(launch, device):
+def make_scratch(launch, sequences, device):
     """The scratch buffers of a decode launch, poisoned where that is allowed."""
     fills = {"float32": float("nan"), "int32": 0}
     return [torch.full(shape, fills[dtype], dtype=getattr(torch, dtype), device=device)
-            for shape, dtype in decode_scratch(launch).values()]
+            for shape, dtype in decode_scratch(launch, sequences).values()]
 
 
 def error(out, want):
@@ -215,13 +216,10 @@ def decode_variants(batch, context):
     base = decode_launch(batch, context, **LLAMA)
     yield "rule", base
     for block, warps, stages in DECODE_TILES:
-        for splits in (1, 2, 4, 8, 16, 32):
-            programs = batch * LLAMA["G"] * splits
-            if (programs < 128 and splits * block < context and splits < 32) or (splits > 1 and programs > 132 * 8):
-                continue
-            constants = dict(base.constants, BLOCK_N=block, CHUNK=block, SPLITS=splits)
-            yield (block, warps, stages, splits), replace(base, grid=(LLAMA["G"], batch, splits), constants=constants,
-                                                          num_warps=warps, num_stages=stages)
+        for several in (1, 2, 4, 8, 16, 32) if batch == 1 else (256, 512, 1024):
+            chunk = block if batch == 1 else max(block, several)
+            tile = dict(block_n=block, parts=several, chunk=chunk, num_warps=warps, num_stages=stages)
+            yield (block, warps, stages, several), with_tile(base.constants, tile, batch, context, 2)
 
 
 def prefill_variants(batch, query):
@@ -253,7 +251,7 @@ def warm(shard, shards):
     case = make_case([0, 0], poison=False)
     fns = {t: kernel(t, **SCALE) for t in ("decode", "prefill")}
     for template, launch in all_variants()[shard::shards]:
-        launch = replace(launch, grid=(launch.grid[0], 1, launch.grid[2]))
+        launch = replace(launch, grid=(launch.grid[0], 1, *launch.grid[2:]))
         try:
             (run_decode if template == "decode" else run_prefill)(fns[template], case, launch)
         except Exception as e:  # a tile that does not fit: the timing reports it
@@ -309,7 +307,7 @@ def time_decode():
     for name, lens in DECODE_SHAPES.items():
         cases, rows = pool_cases(lens), []
         for tile, launch in decode_variants(len(lens), max(lens)):
-            scratch, out = make_scratch(launch, "cuda"), torch.empty_like(cases[0].q)
+            scratch, out = make_scratch(launch, len(lens), "cuda"), torch.empty_like(cases[0].q)
             trials = [replace(launch, constants=dict(launch.constants, PDL=pdl)) for pdl in (False, True)]
             try:
                 times = [graph_us([partial(run_decode, fn, c, trial, scratch, out) for c in cases]) for trial in trials]
@@ -318,7 +316,7 @@ def time_decode():
                 print("fail", tile, repr(e)[:90])
         gb = sum(lens) * 4096 / 1e3
         peer = FLASHINFER.get(name, float("nan"))
-        print(f"decode {name}: FlashInfer {peer} us | us, with PDL, GB/s, (block, warps, stages, splits)")
+        print(f"decode {name}: FlashInfer {peer} us | us, with PDL, GB/s, (block, warps, stages, parts or chunk)")
         for by in (0, 1):
             best = sorted(rows[1:], key=lambda r: r[by])[:4]
             print("   ", "  ".join(f"{r[0]:.1f} {r[1]:.1f} {gb / r[by]:.0f} {r[2]}" for r in [rows[0], *best]), flush=True)
@@ -353,13 +351,13 @@ def check(shard, shards):
         case = make_case(lens, G=G, R=R, K=K, J=J, page=page)
         want, fn = reference(case, score, keep), kernel("decode", **context)
         launch = decode_launch(len(lens), 8192, **case.shape)
-        for splits, warps, pdl in ((1, 4, False), (launch.grid[2], 4, True), (16, 2, False), (32, 4, True)):
-            constants = dict(launch.constants, SPLITS=splits, PDL=pdl)
-            trial = replace(launch, grid=(G, len(lens), splits), constants=constants, num_warps=warps)
-            scratch = make_scratch(trial, "cuda")
+        for chunk, warps, pdl in ((16, 4, False), (512, 4, True), (8192, 2, False)):
+            tile = dict(block_n=launch.constants["BLOCK_N"], parts=0, chunk=chunk, num_warps=warps, num_stages=launch.num_stages)
+            trial = with_tile(dict(launch.constants, PDL=pdl), tile, len(lens), 8192, 2)
+            scratch = make_scratch(trial, len(lens), "cuda")
             errors = [error(run_decode(fn, case, trial, scratch), want) for _ in range(3)]
             if not max(errors) < 5e-3 or scratch[2].any() or len(set(errors)) > 1:
-                print("WRONG decode", kind, (G, R, K, J, page), splits, warps, errors)
+                print("WRONG decode", kind, (G, R, K, J, page), chunk, warps, errors)
             worst = max(worst, *errors)
         queries = [5, 1, 1, 333, 2, 1029]
         case = make_case([5, 0, 37, 700, 64, 1029], queries, G=G, R=R, K=K, J=J, page=page)

@@ -212,10 +212,10 @@ class Tuner:
         rule = decode_launch(sequences, BUCKET, G=a.G, R=a.R, K=a.K, J=a.J, page=PAGE, itemsize=self.program.dtype.itemsize,
                              pdl=True, gpu=schedule.gpu_key(torch.cuda.get_device_name(self.program.device)))  # fmt: skip
         found = []
-        for tiles in decode_tiles(rule, self.program.dtype.itemsize):
+        for tiles in decode_tiles(rule, sequences, BUCKET, self.program.dtype.itemsize):
             path = Path(self.program.program.__file__).with_name("kernels.py")
             pointers = [kind] * 3 + ["int32"] * 2 + [kind, "float32", "float32", "int32"]
-            strides = [a.G * a.R * a.K, self.batch(1).block_tables.stride(0)]
+            strides = [max(sequences, 2), a.G * a.R * a.K, self.batch(1).block_tables.stride(0)]
             job = (str(path), source.name, [*pointers, *strides], tiles.constants, tiles.options)
             found.append((tiles, self.pool.submit(warm, job)))
         return found

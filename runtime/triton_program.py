@@ -82,11 +82,11 @@ class TritonProgram:
             kept = self._growing[name] = torch.empty(size, dtype=dtype, device=self.device)
         return kept[:size]
 
-    def scratch(self, launch) -> tuple[torch.Tensor, ...]:
+    def scratch(self, launch, sequences: int) -> tuple[torch.Tensor, ...]:
         """Scratch of a decode attention launch: kept for each shape, so that its address is fixed; layers share it in turn."""
         from fusec.codegen.attention_schedule import decode_scratch
 
-        shapes = decode_scratch(launch)
+        shapes = decode_scratch(launch, sequences)
         key = tuple(shapes.values())
         if key not in self._scratch:
             self._scratch[key] = tuple(torch.zeros(shape, dtype=getattr(torch, kind), device=self.device) for shape, kind in key)

@@ -43,10 +43,10 @@ class Model:
     def __init__(self, device):
         self.device, self.block_size, self._scratch = device, BLOCK_SIZE, {}
 
-    def scratch(self, launch):
+    def scratch(self, launch, sequences):
         from fusec.runtime.triton_program import TritonProgram
 
-        return TritonProgram.scratch(self, launch)
+        return TritonProgram.scratch(self, launch, sequences)
 
 
 def bench_attention(model: str, batches: list[int], contexts: list[int], tokens: list[int], *, device: str = "auto",

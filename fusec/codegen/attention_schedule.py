@@ -27,13 +27,14 @@ from .schedule import padded
 # it asks for the largest share, and a multiprocessor drains before it changes the split, so that two kernels on different sides
 # of this limit do not overlap (inferred, not isolated: docs/performance.md).
 LITTLE = 48 << 10
+SHARED = 227 << 10  # bytes of a multiprocessor's memory that its programs may share
 
 
 @dataclass(frozen=True)
 class Launch:
     """One kernel's launch: `kernel[launch.grid](*buffers, **launch.constants, **launch.options)`."""
 
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     constants: dict[str, int | bool]
     num_warps: int
     num_stages: int
@@ -61,7 +62,8 @@ def decode_launch(
 ) -> Launch:
     """The launch of the decode kernel for `batch` sequences (padding rows included) of at most `max_context` tokens.
 
-    Splits are fixed here, for a captured graph; each sequence's share of them is computed on the device from its own length.
+    How many programs there are is fixed here, for a captured graph; which sequence each works on, and on how much of it, is
+    computed on the device from the lengths of all.
     A row of the GPU's table (see schedule) answers first, then `decode_rule`.
     """
     rows = schedule.lookup(gpu, "decode", G, R, K, J, itemsize) or ()
@@ -70,55 +72,64 @@ def decode_launch(
         width = max(padded(K), padded(J)) * itemsize
         tile = decode_rule(batch, max_context, G=G, R=R, width=width, multiprocessors=multiprocessors)
     constants = dict(G=G, R=R, K=K, J=J, PAGE=page, BLOCK_R=max(16, padded(R)), BLOCK_K=padded(K), BLOCK_J=padded(J), PDL=pdl)
-    constants |= dict(BLOCK_N=tile["block_n"], SPLITS=tile["splits"], CHUNK=tile["chunk"])
-    return Launch((G, batch, tile["splits"]), constants, tile["num_warps"], tile["num_stages"])
+    return with_tile(constants, tile, batch, max_context, itemsize, multiprocessors)
+
+
+def with_tile(constants: dict, tile: dict, batch: int, max_context: int, itemsize: int, multiprocessors: int = 132) -> Launch:
+    """The launch of the decode kernel with a tile: block_n, chunk, num_warps, num_stages, and parts if there is one sequence."""
+    G, block_n = constants["G"], tile["block_n"]
+    shared = 2 * block_n * max(constants["BLOCK_K"], constants["BLOCK_J"]) * itemsize * (tile["num_stages"] - 1)
+    programs = multiprocessors * max(1, min(SHARED // shared, 16 // tile["num_warps"]))  # by shared memory, by registers
+    parts = tile["parts"]
+    if batch > 1:  # more than the device will ever share out: see the template
+        most = batch * -(-max_context // block_n) // max(1, tile["chunk"] // block_n)
+        parts = batch + max(-(-programs // G), min(-(-4 * programs // G), most))
+    constants = constants | dict(BLOCK_N=block_n, PARTS=parts, CHUNK=tile["chunk"], BATCH=padded(batch), PROGRAMS=programs)
+    return Launch((G, parts), constants, tile["num_warps"], tile["num_stages"])
 
 
 def decode_rule(batch: int, max_context: int, *, G: int, R: int, width: int, multiprocessors: int) -> dict[str, int]:
     """The tile of decode attention without a table.  width: bytes of one position's keys.
 
     Measured on an H200 with 32 query heads, 8 KV heads of 128. One sequence's neighbours in a step are matrix-vector kernels, and
-    what needs more than LITTLE shared memory cannot share a multiprocessor with them. A program per multiprocessor with large
-    tiles wins while there are few (sequence, head) pairs; beyond, small tiles with many programs a multiprocessor, and splits
-    only for contexts so long that one of them would outlast the rest of the batch.
+    what needs more than LITTLE shared memory cannot share a multiprocessor with them. With more sequences, several programs a
+    multiprocessor hide each other's latency, and smaller tiles win as there are more of them.
     """
     pairs = batch * G
-    several = 1 << (multiprocessors // pairs or 1).bit_length() - 1  # programs a pair that fill the GPU
     if batch == 1:  # long contexts: two programs a multiprocessor, as one keeps too few loads in flight
-        block_n, num_warps, num_stages, splits = 16384 // width, 4, 2, several * (2 if max_context > 1024 else 1)
-    elif pairs <= multiprocessors:
-        block_n, num_warps, num_stages, splits = 128, 4, 3, several
+        several = 1 << (multiprocessors // pairs or 1).bit_length() - 1  # programs a pair that fill the GPU
+        block_n, num_warps, num_stages, parts = 16384 // width, 4, 2, several * (2 if max_context > 1024 else 1)
     elif pairs <= 2 * multiprocessors:
-        block_n, num_warps, num_stages, splits = 64, 4, 3, 4
+        block_n, num_warps, num_stages, parts = 64, 4, 3, 0
     else:
-        block_n, num_warps, num_stages, splits = 32, 2, 4, 4 if pairs <= 4 * multiprocessors else 2
+        block_n, num_warps, num_stages, parts = 32, 2, 4, 0
     wide = (max(1, width // 256) if batch > 1 else 1) * max(1, padded(R) // 16)
     block_n = max(16, block_n // wide)
     num_warps = num_warps if wide == 1 else 4 if R <= 32 else 8
-    chunk = block_n if pairs <= multiprocessors else 2048 if pairs <= 4 * multiprocessors else 4096
-    splits = min(splits, 64, padded(-(-max_context // chunk)))
-    return dict(block_n=block_n, splits=splits, chunk=chunk, num_warps=num_warps, num_stages=num_stages)
+    chunk = block_n if batch == 1 else max(512 if pairs <= 2 * multiprocessors else 1024, block_n)
+    parts = min(parts, 64, padded(-(-max_context // block_n)))
+    return dict(block_n=block_n, parts=parts, chunk=chunk, num_warps=num_warps, num_stages=num_stages)
 
 
 def decode_row(launch: Launch, sequences: int, context: int, itemsize: int) -> tuple[str, dict]:
     """(key, row) of the table that makes `decode_launch` answer `launch` for up to so many sequences of so many tokens."""
     c = launch.constants
-    row = dict(sequences=sequences, context=context, block_n=c["BLOCK_N"], splits=c["SPLITS"], chunk=c["CHUNK"],
-               num_warps=launch.num_warps, num_stages=launch.num_stages)
+    row = dict(sequences=sequences, context=context, block_n=c["BLOCK_N"], parts=c["PARTS"] if sequences == 1 else 0,
+               chunk=c["CHUNK"], num_warps=launch.num_warps, num_stages=launch.num_stages)
     return schedule.key("decode", c["G"], c["R"], c["K"], c["J"], itemsize), row
 
 
-def decode_scratch(launch: Launch) -> dict[str, tuple[tuple[int, ...], str]]:
+def decode_scratch(launch: Launch, sequences: int) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of each scratch buffer of a decode launch; arrivals starts at zero, the others hold anything.
 
     Launches that run one after another may share them (buffers of the larger size).
     """
-    G, batch, splits = launch.grid
+    G, parts = launch.grid
     R, J = launch.constants["R"], launch.constants["J"]
     return {
-        "partial": ((batch, G, splits, R, J), "float32"),
-        "lse": ((batch, G, splits, R), "float32"),
-        "arrivals": ((batch, G), "int32"),
+        "partial": ((G, parts, R, J), "float32"),
+        "lse": ((G, parts, R), "float32"),
+        "arrivals": ((sequences, G), "int32"),
     }
 
 

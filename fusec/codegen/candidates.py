@@ -6,13 +6,12 @@ import itertools
 from dataclasses import replace
 
 from . import schedule
-from .attention_schedule import LITTLE, Launch
+from .attention_schedule import LITTLE, SHARED, Launch, with_tile
 from .schedule import MULTIPROCESSORS
 
 FORMS = ("gemv", "skinny", "matmul")
 TOKENS = {"gemv": (1,), "skinny": (16, 32, 64, 128), "matmul": (4096,)}  # form -> numbers of tokens that have tiles of their own
 MOST = 40  # tiles of a shape and number of tokens
-SHARED = 227_000  # bytes of shared memory of a multiprocessor
 REGISTERS = 65536
 
 
@@ -81,8 +80,9 @@ def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
             one_wave = tiles * splits <= slots or splits == 1 and tiles > MULTIPROCESSORS
             if stages < 2 or (splits - 1) * share >= steps or not one_wave or tiles * splits < 40 and splits < steps // 4:
                 continue
-            givens = (False, True) if beside and tokens >= 64 else (False,)
-            found += [schedule.Stream(tokens, n, bk, splits, warps, stages, given) for given in givens]
+            for given in (False, True) if beside and tokens >= 64 else (False,):
+                tile = schedule.Stream(tokens, n, bk, splits, warps, stages, given)
+                found += [tile] if tile not in found else []
     found.sort(key=lambda t: (-t.block_k * t.stages * t.splits, t.block_n, t.num_warps))
     return found[:: -(-len(found) // MOST)] if found else []
 
@@ -95,19 +95,18 @@ def matmul(rows, k, leaves, itemsize, tokens) -> list[schedule.Matmul]:
     return found
 
 
-def decode_tiles(rule: Launch, itemsize: int) -> list[Launch]:
+def decode_tiles(rule: Launch, sequences: int, context: int, itemsize: int) -> list[Launch]:
     """The rule's own launch of decode attention, then ways around it."""
-    found, (heads, sequences, splits) = [rule], rule.grid
+    found, parts = [rule], rule.grid[1]
     row = max(rule.constants["BLOCK_K"], rule.constants["BLOCK_J"]) * itemsize
-    blocks = itertools.product((32, 64, 128, 256), (2, 4, 8), (2, 3), (1, 2, 4, 8, 16, 32), (False, True))
-    for block_n, warps, stages, parts, long in blocks:
+    for block_n, warps, stages in itertools.product((32, 64, 128, 256), (2, 4, 8), (2, 3, 4)):
         shared = 2 * block_n * row * (stages - 1)  # keys and values
-        chunk = rule.constants["CHUNK"] if long else block_n
-        near = splits // 2 <= parts <= 2 * splits and (sequences > 1 if long else parts > 1) and chunk >= block_n
         # One token's neighbours are kernels with next to no shared memory: see attention_schedule.
-        if not near or shared > (LITTLE - 8192 if sequences == 1 else SHARED) or not 1024 <= block_n * row // warps <= 8192:
+        if shared > (LITTLE - 8192 if sequences == 1 else SHARED) or not 1024 <= block_n * row // warps <= 8192:
             continue
-        constants = rule.constants | {"BLOCK_N": block_n, "SPLITS": parts, "CHUNK": chunk}
-        launch = replace(rule, grid=(heads, sequences, parts), constants=constants, num_warps=warps, num_stages=stages)
-        found += [launch] if launch not in found else []
+        alone = [(several, block_n) for several in (parts // 2, parts, 2 * parts) if several > 1]
+        for several, chunk in alone if sequences == 1 else [(0, max(c, block_n)) for c in (256, 512, 1024)]:
+            tile = dict(block_n=block_n, parts=several, chunk=chunk, num_warps=warps, num_stages=stages)
+            launch = with_tile(rule.constants, tile, sequences, context, itemsize, MULTIPROCESSORS)
+            found += [launch] if launch not in found else []
     return found

@@ -159,7 +159,7 @@ class Launches:
         sizes = f"G={a.G}, R={a.R}, K={a.K}, J={a.J}, page=m.block_size, itemsize={self.itemsize}, pdl=PDL"
         stride = a.G * a.R * a.K
         buffers = {
-            "decode": "b.block_tables, b.context_lens, out, *m.scratch(launch)",
+            "decode": "b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences",
             "prefill": "b.block_tables, b.query_starts, b.context_lens, out",
         }
         lines = ["sequences = b.context_lens.shape[0]", "if b.max_query == 1:"]

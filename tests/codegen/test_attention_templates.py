@@ -12,7 +12,7 @@ from interpret import INTERPRETED, run_interpreted  # noqa: E402
 
 import attention_lab as lab  # noqa: E402  isort: skip
 
-from fusec.codegen.attention_schedule import decode_launch, prefill_launch  # noqa: E402
+from fusec.codegen.attention_schedule import decode_launch, prefill_launch, with_tile  # noqa: E402
 
 HEADS = {  # G, R, K, J, page, dtype
     "odd sizes": (1, 3, 80, 64, 16, torch.float32),
@@ -40,13 +40,26 @@ if INTERPRETED:
         case = lab.make_case(CONTEXTS, G=G, R=R, K=K, J=J, page=page, dtype=dtype, device="cpu")
         want, fn = lab.reference(case, score, keep), lab.kernel("decode", **context)
         launch = decode_launch(len(CONTEXTS), 200, **case.shape, itemsize=dtype.itemsize)
-        for splits, block_n, chunk in ((1, 64, 64), (8, 16, 32)):
-            constants = dict(launch.constants, SPLITS=splits, BLOCK_N=block_n, CHUNK=chunk)
-            trial = replace(launch, grid=(G, len(CONTEXTS), splits), constants=constants)
-            scratch = lab.make_scratch(trial, "cpu")
-            for _ in range(2):  # the second launch finds the counters as the first left them
-                assert lab.error(lab.run_decode(fn, case, trial, scratch), want) < bound(dtype)
-                assert not scratch[2].any()
+        for block_n, chunk, many in ((64, 64, 1), (16, 32, 1), (16, 200, 200)):  # many: programs that run at once
+            tile = dict(block_n=block_n, parts=0, chunk=chunk, num_warps=4, num_stages=2)
+            trial = with_tile(launch.constants, tile, len(CONTEXTS), 200, dtype.itemsize, many)
+            check_decode(fn, case, trial, want)
+
+    def check_decode(fn, case, launch, want):
+        scratch = lab.make_scratch(launch, len(case.context_lens), "cpu")
+        for _ in range(2):  # the second launch finds the counters as the first left them
+            assert lab.error(lab.run_decode(fn, case, launch, scratch), want) < bound(case.q.dtype)
+            assert not scratch[2].any()
+
+    @pytest.mark.parametrize("length", (1, 37, 200))
+    @pytest.mark.parametrize("parts", (1, 3, 8))
+    def test_decode_of_one_sequence(length, parts):
+        context, score, keep = lab.KINDS["dense window"]
+        case = lab.make_case([length], G=2, R=3, K=64, J=64, page=16, dtype=torch.float32, device="cpu")
+        launch = decode_launch(1, 200, **case.shape, itemsize=4)
+        tile = dict(block_n=16, parts=parts, chunk=16, num_warps=4, num_stages=2)
+        trial = with_tile(launch.constants, tile, 1, 200, 4)
+        check_decode(lab.kernel("decode", **context), case, trial, lab.reference(case, score, keep))
 
     @pytest.mark.parametrize("kind, heads", CASES)
     def test_prefill(kind, heads):

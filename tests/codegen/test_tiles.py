@@ -42,19 +42,19 @@ else:
     @pytest.mark.parametrize("heads", [dict(G=8, R=4, K=128, J=128), dict(G=3, R=3, K=64, J=64), dict(G=1, R=8, K=256, J=256)])
     def test_one_sequence_leaves_shared_memory_to_its_neighbours(heads):
         rule = decode_launch(1, 1024, **heads, page=16)
-        for launch in candidates.decode_tiles(rule, 2):
+        for launch in candidates.decode_tiles(rule, 1, 1024, 2):
             tile = launch.constants["BLOCK_N"] * (launch.constants["BLOCK_K"] + launch.constants["BLOCK_J"]) * 2
             assert tile * (launch.num_stages - 1) < LITTLE
 
     def test_a_row_of_the_table_is_what_decode_launch_answers(monkeypatch):
         heads = dict(G=2, R=4, K=64, J=64, page=16)
-        wanted = candidates.decode_tiles(decode_launch(8, 1024, **heads), 2)[-1]
+        wanted = candidates.decode_tiles(decode_launch(8, 1024, **heads), 8, 1024, 2)[-1]
         key, row = decode_row(wanted, 8, 1024, 2)
         monkeypatch.setattr(schedule, "table", lambda gpu: {key: [row]})
         assert decode_launch(8, 1024, **heads) == wanted
-        assert decode_launch(5, 512, **heads).constants == wanted.constants
-        assert decode_launch(9, 1024, **heads) != wanted  # more sequences, or longer ones, than the row is for
-        assert decode_launch(8, 2048, **heads).constants != wanted.constants
+        assert decode_launch(5, 512, **heads).constants["BLOCK_N"] == wanted.constants["BLOCK_N"]
+        for beyond in ((9, 1024), (8, 2048)):  # more sequences, or longer ones, than the row is for
+            assert decode_launch(*beyond, **heads).constants["BLOCK_N"] != wanted.constants["BLOCK_N"]
 
     def test_a_program_asks_the_table_of_the_gpu_it_was_compiled_for():
         program = compile(EXAMPLES / "llama.fuse", TINY["llama"], gpu="some_gpu").module.program_py

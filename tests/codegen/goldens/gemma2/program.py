@@ -60,7 +60,7 @@ def attention(m, b, q, k_cache, v_cache, out):
         launch = decode_launch(sequences, b.max_context, G=4, R=2, K=256, J=256, page=m.block_size, itemsize=2,
                 pdl=PDL, gpu="untuned")
         kernels.attention_decode[launch.grid](
-            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 2048,
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences, 2048,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:
@@ -255,7 +255,7 @@ def attention_2(m, b, q, k_cache, v_cache, out):
         launch = decode_launch(sequences, b.max_context, G=4, R=2, K=256, J=256, page=m.block_size, itemsize=2,
                 pdl=PDL, gpu="untuned")
         kernels.attention_2_decode[launch.grid](
-            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 2048,
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences, 2048,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:

@@ -66,7 +66,7 @@ def attention(m, b, q, k_cache, v_cache, out):
         launch = decode_launch(sequences, b.max_context, G=1, R=4, K=256, J=256, page=m.block_size, itemsize=2,
                 pdl=PDL, gpu="untuned")
         kernels.attention_decode[launch.grid](
-            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 1024,
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences, 1024,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:

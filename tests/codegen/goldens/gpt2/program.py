@@ -54,7 +54,8 @@ def attention(m, b, q, k_cache, v_cache, out):
         launch = decode_launch(sequences, b.max_context, G=12, R=1, K=64, J=64, page=m.block_size, itemsize=2, pdl=PDL,
                 gpu="untuned")
         kernels.attention_decode[launch.grid](
-            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 768, b.block_tables.stride(0),
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences, 768,
+            b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:
         launch = prefill_launch(sequences, b.max_query, G=12, R=1, K=64, J=64, page=m.block_size, itemsize=2, pdl=PDL)

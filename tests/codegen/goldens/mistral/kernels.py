@@ -520,10 +520,10 @@ def q_k_v_proj_epilogue(cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr, v_cac
 @triton.jit
 def attention_decode(
     q, k_cache, v_cache, block_tables, context_lens, out, partial, lse, arrivals,
-    q_stride, table_stride,
+    sequences, q_stride, table_stride,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, J: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, CHUNK: tl.constexpr, BATCH: tl.constexpr, PROGRAMS: tl.constexpr, PDL: tl.constexpr,
 ):
     # mistral.fuse:27   q = rope[K](q_proj(x), pos, freqs)
     # mistral.fuse:30   o_proj(attend[K, mask=mask](q, cache(k), cache(v), pos))
@@ -531,18 +531,41 @@ def attention_decode(
     FACTOR: tl.constexpr = 0.08838834764831845 * 1.4426950408889634  # the score's scale and log2(e): exponents are base 2
     NEVER: tl.constexpr = -1.0e30  # a finite "minus infinity": a row that keeps nothing stays free of NaN
     g = tl.program_id(0)
-    b = tl.program_id(1)
-    split = tl.program_id(2)
+    program = tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
-    # Every program derives its share from the sequence's own length, so one captured launch serves every length.
-    context = tl.load(context_lens + b)
-    q_pos = context - 1
-    first = 0
-    blocks = tl.cdiv(context - first, BLOCK_N)
-    share = tl.maximum(tl.cdiv(blocks, SPLITS), CHUNK // BLOCK_N)
-    used = tl.cdiv(blocks, share)  # programs of this sequence that have work; none for a padding row
+    # Every program finds its sequence and its share from the lengths, so that one captured launch serves all of them.
+    if BATCH == 1:
+        b, before = 0, 0
+        context = tl.load(context_lens)
+        q_pos = context - 1
+        first = 0
+        blocks = tl.cdiv(context - first, BLOCK_N)
+        fair = tl.maximum(tl.cdiv(blocks, PARTS), CHUNK // BLOCK_N)
+        parts = tl.minimum((blocks + fair // 2) // fair, PARTS)
+    else:
+        # A sequence gets as many programs as its part of all the work is worth: enough to keep the GPU busy, few enough that
+        # their results are worth combining.
+        row = tl.arange(0, BATCH)
+        lengths = tl.load(context_lens + row, mask=row < sequences, other=0)
+        q_pos = lengths - 1
+        first = 0
+        blocks = tl.cdiv(lengths - first, BLOCK_N)
+        work = tl.sum(blocks, 0) * G
+        fair = tl.maximum(tl.cdiv(work, 4 * PROGRAMS), tl.minimum(tl.cdiv(work, PROGRAMS), CHUNK // BLOCK_N))
+        parts = tl.maximum((blocks + fair // 2) // tl.maximum(fair, 1), tl.minimum(blocks, 1))
+        ends = tl.cumsum(parts, 0)
+        b = tl.sum((ends <= program).to(tl.int32), 0)
+        before = tl.max(tl.where(ends <= program, ends, 0), 0)  # programs of the sequences before it
+        context = tl.sum(tl.where(row == b, lengths, 0), 0)
+        parts = tl.sum(tl.where(row == b, parts, 0), 0)
+        q_pos = context - 1
+        first = 0
+        blocks = tl.cdiv(context - first, BLOCK_N)
+    split = program - before
+    share = tl.maximum(tl.cdiv(blocks, tl.maximum(parts, 1)), 1)
+    used = tl.cdiv(blocks, share)  # programs of this sequence that have work; none for a padding row, or past the last one
     begin = first + split * share * BLOCK_N
     end = tl.minimum(begin + share * BLOCK_N, context)
 
@@ -550,7 +573,7 @@ def attention_decode(
     n = tl.arange(0, BLOCK_N)
     dk = tl.arange(0, BLOCK_K)
     dj = tl.arange(0, BLOCK_J)
-    table = block_tables + b.to(tl.int64) * table_stride
+    table = block_tables + tl.cast(b, tl.int64) * table_stride
     page = tl.load(table + (begin + n) // PAGE, mask=begin + n < end, other=0)
     if PDL:
         line = page.to(tl.int64) * (PAGE * G) + (begin + n) % PAGE * G + g
@@ -563,7 +586,7 @@ def attention_decode(
     if split >= used:
         return
 
-    q_rows = q + b.to(tl.int64) * q_stride + (g * R + r[:, None]) * K + dk[None, :]
+    q_rows = q + tl.cast(b, tl.int64) * q_stride + (g * R + r[:, None]) * K + dk[None, :]
     q_tile = tl.load(q_rows, mask=(r < R)[:, None] & (dk < K)[None, :], other=0.0).to(k_cache.dtype.element_ty)
     top = tl.full([BLOCK_R], NEVER, tl.float32)  # running maximum of the scores, in units of log2
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -591,29 +614,31 @@ def attention_decode(
         top = higher
 
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    row = b.to(tl.int64) * G + g  # of (sequence, kv head)
+    pair = tl.cast(b, tl.int64) * G + g
     valid = (r < R)[:, None] & (dj < J)[None, :]
-    if (SPLITS == 1) | (used == 1):
-        tl.store(out + (row * R + r[:, None]) * J + dj[None, :], result.to(out.dtype.element_ty), mask=valid)
+    if used == 1:
+        tl.store(out + (pair * R + r[:, None]) * J + dj[None, :], result.to(out.dtype.element_ty), mask=valid)
         return
 
-    part = row * SPLITS + split
+    whole = tl.cast(g, tl.int64) * PARTS + before  # the first part of this sequence and kv head
+    part = whole + split
     tl.store(partial + (part * R + r[:, None]) * J + dj[None, :], result, mask=valid)
     tl.store(lse + part * R + r, tl.where(total > 0, top + tl.log2(total), NEVER), mask=r < R)
     tl.debug_barrier()  # every warp's stores come before the one thread's release below
-    if tl.atomic_add(arrivals + row, 1, sem="acq_rel") != used - 1:
+    if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") != used - 1:
         return
 
     # Last to arrive: weigh the parts by their share of the whole softmax, as many at a time as registers hold.
     HEADS: tl.constexpr = triton.next_power_of_2(R)
-    STEP: tl.constexpr = min(SPLITS, max(1, 8192 // (HEADS * BLOCK_J)))
+    STEP: tl.constexpr = min(16, triton.next_power_of_2(PARTS),
+            max(1, (8192 if BATCH == 1 else 4096) // (HEADS * BLOCK_J)))
     h = tl.arange(0, HEADS)
     top = tl.full([HEADS], NEVER, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     result = tl.zeros([HEADS, BLOCK_J], tl.float32)
-    for i0 in tl.static_range(0, SPLITS, STEP):
+    for i0 in tl.range(0, used, STEP):
         i = i0 + tl.arange(0, STEP)
-        heads = (row * SPLITS + i)[None, :] * R + h[:, None]
+        heads = (whole + i)[None, :] * R + h[:, None]
         there = (i < used)[None, :] & (h < R)[:, None]
         logs = tl.load(lse + heads, mask=there, other=NEVER, cache_modifier=".cg")
         tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :],
@@ -626,9 +651,9 @@ def attention_decode(
         result = result * fade[:, None] + tl.sum(tile * weight[:, :, None], 1)
         top = higher
     result = result / total[:, None]
-    tl.store(out + (row * R + h[:, None]) * J + dj[None, :], result.to(out.dtype.element_ty),
+    tl.store(out + (pair * R + h[:, None]) * J + dj[None, :], result.to(out.dtype.element_ty),
              mask=(h < R)[:, None] & (dj < J)[None, :])
-    tl.store(arrivals + row, 0)
+    tl.store(arrivals + pair, 0)
 
 
 @triton.jit

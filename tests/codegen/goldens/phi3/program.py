@@ -78,7 +78,7 @@ def attention(m, b, q, k_cache, v_cache, out):
         launch = decode_launch(sequences, b.max_context, G=32, R=1, K=96, J=96, page=m.block_size, itemsize=2, pdl=PDL,
                 gpu="untuned")
         kernels.attention_decode[launch.grid](
-            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 3072,
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences, 3072,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:

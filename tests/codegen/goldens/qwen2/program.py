@@ -85,7 +85,7 @@ def attention(m, b, q, k_cache, v_cache, out):
         launch = decode_launch(sequences, b.max_context, G=4, R=7, K=128, J=128, page=m.block_size, itemsize=2,
                 pdl=PDL, gpu="untuned")
         kernels.attention_decode[launch.grid](
-            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch), 3584,
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences, 3584,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:
