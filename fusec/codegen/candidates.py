@@ -67,11 +67,15 @@ def skinny(rows, k, leaves, itemsize, tokens) -> list[schedule.Skinny]:
 def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
     """Rings of which a multiprocessor holds one, two or four; no second wave unless there are many."""
     found = []
-    for n, bk, warps, room in itertools.product((64, 128), (64, 128, 256), (4, 8), (SHARED, SHARED // 2, SHARED // 4)):
+    rooms = (SHARED, SHARED // 2, SHARED // 4)
+    for n, bk, warps, room in itertools.product((16, 32, 64, 128), (64, 128, 256), (2, 4, 8), rooms):
         place, steps, tiles = (n * leaves + tokens) * bk * itemsize, k // bk, -(-rows // n)
         most = min((room - 4096) // place, 12)
         registers = n * leaves * tokens // (32 * warps)
+        groups = n >= 64  # of four warps
         if itemsize != 2 or k % bk or registers > 128 or tokens * min(warps, n // 16) // warps < 8 or most < 2:
+            continue
+        if warps == 2 and n > 16 or not groups and (warps == 8 or tokens > 32):
             continue
         slots = MULTIPROCESSORS * min(SHARED // room, 16 // warps)
         for splits in {1, *(wave * MULTIPROCESSORS // tiles for wave in (1, 2, 4))} - {0}:

@@ -8,7 +8,7 @@ import triton.language as tl
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait)
+    fence_async_shared, mbarrier, mma_v2, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Triton 3.6 calls these otherwise than later versions do.
@@ -139,7 +139,10 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, q_proj_bias_ptr, cos_ptr, q_pro
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
     WARPS: gl.constexpr = gl.num_warps()
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
-    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, WARPS // TALL], [16, BLOCK_M * TALL // WARPS, 16])
+    GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
+    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if GROUPS else [16, 8]
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if GROUPS else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    LAG: gl.constexpr = 1 if GROUPS else 0  # steps until the products of a step are surely done
     X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
     if PDL:
@@ -168,34 +171,43 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, q_proj_bias_ptr, cos_ptr, q_pro
         async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
                 pred=stage < steps)
 
-    nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-    y0 = warpgroup_mma_init(nothing)
-    y1 = warpgroup_mma_init(nothing)
+    y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    if GROUPS:
+        y0 = warpgroup_mma_init(y0)
+        y1 = warpgroup_mma_init(y1)
     mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        tokens_tile = x_ring.index(place)
-        y0 = warpgroup_mma(w_ring.index(place * LEAVES), tokens_tile.permute((1, 0)), y0, is_async=True)
-        y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), tokens_tile.permute((1, 0)), y1, is_async=True)
+        x_tile = x_ring.index(place)
+        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile.permute((1, 0)), y0, is_async=True)
+            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile.permute((1, 0)), y1, is_async=True)
+        else:
+            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
         if not GIVEN:
-            x_seen = tokens_tile.load(X).to(gl.float32)
+            x_seen = x_tile.load(X).to(gl.float32)
             mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
                     EIGHTS)
-        # The products of the step before are done: its place takes the step that comes a round later.
-        y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
-        y0 = warpgroup_mma_init(y0)
-        y1 = warpgroup_mma_init(y1)
-        free = (step + STAGES - 1) % STAGES
-        more = (step > 0) & (step - 1 + STAGES < steps)
-        k_0 = (first + step - 1 + STAGES) * BLOCK_K
+        if GROUPS:
+            y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
+            y0 = warpgroup_mma_init(y0)
+            y1 = warpgroup_mma_init(y1)
+        # The place whose products are done takes the step that comes a round later.
+        free = (step + STAGES - LAG) % STAGES
+        ahead = step - LAG + STAGES
+        more = (step >= LAG) & (ahead < steps)
         mbarrier.expect(ready.index(free), BYTES, pred=more)
         for leaf in gl.static_range(LEAVES):
-            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, k_0], ready.index(free),
-                    w_ring.index(free * LEAVES + leaf), pred=more)
-        async_load(x_tiles, [t_0, k_0], ready.index(free), x_ring.index(free), pred=more)
-    y0 = warpgroup_mma_wait(0, deps=(y0,))
-    y1 = warpgroup_mma_wait(0, deps=(y1,))
+            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, (first + ahead) * BLOCK_K], ready.index(free),
+                       w_ring.index(free * LEAVES + leaf), pred=more)
+        async_load(x_tiles, [t_0, (first + ahead) * BLOCK_K], ready.index(free), x_ring.index(free), pred=more)
+    if GROUPS:
+        y0 = warpgroup_mma_wait(0, deps=(y0,))
+        y1 = warpgroup_mma_wait(0, deps=(y1,))
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     t = t_0 + m
@@ -820,7 +832,10 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
     WARPS: gl.constexpr = gl.num_warps()
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
-    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, WARPS // TALL], [16, BLOCK_M * TALL // WARPS, 16])
+    GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
+    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if GROUPS else [16, 8]
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if GROUPS else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    LAG: gl.constexpr = 1 if GROUPS else 0  # steps until the products of a step are surely done
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -846,24 +861,31 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
         async_load(attended_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
                 pred=stage < steps)
 
-    nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-    y0 = warpgroup_mma_init(nothing)
+    y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    if GROUPS:
+        y0 = warpgroup_mma_init(y0)
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        tokens_tile = x_ring.index(place)
-        y0 = warpgroup_mma(w_ring.index(place * LEAVES), tokens_tile.permute((1, 0)), y0, is_async=True)
-        # The products of the step before are done: its place takes the step that comes a round later.
-        y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-        free = (step + STAGES - 1) % STAGES
-        more = (step > 0) & (step - 1 + STAGES < steps)
-        k_0 = (first + step - 1 + STAGES) * BLOCK_K
+        x_tile = x_ring.index(place)
+        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile.permute((1, 0)), y0, is_async=True)
+        else:
+            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+        if GROUPS:
+            y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        # The place whose products are done takes the step that comes a round later.
+        free = (step + STAGES - LAG) % STAGES
+        ahead = step - LAG + STAGES
+        more = (step >= LAG) & (ahead < steps)
         mbarrier.expect(ready.index(free), BYTES, pred=more)
         for leaf in gl.static_range(LEAVES):
-            async_load(o_proj_tiles, [leaf * ROWS + n_0, k_0], ready.index(free), w_ring.index(free * LEAVES + leaf),
-                    pred=more)
-        async_load(attended_tiles, [t_0, k_0], ready.index(free), x_ring.index(free), pred=more)
-    y0 = warpgroup_mma_wait(0, deps=(y0,))
+            async_load(o_proj_tiles, [leaf * ROWS + n_0, (first + ahead) * BLOCK_K], ready.index(free),
+                       w_ring.index(free * LEAVES + leaf), pred=more)
+        async_load(attended_tiles, [t_0, (first + ahead) * BLOCK_K], ready.index(free), x_ring.index(free), pred=more)
+    if GROUPS:
+        y0 = warpgroup_mma_wait(0, deps=(y0,))
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     t = t_0 + m
@@ -1012,7 +1034,10 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
     WARPS: gl.constexpr = gl.num_warps()
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
-    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, WARPS // TALL], [16, BLOCK_M * TALL // WARPS, 16])
+    GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
+    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if GROUPS else [16, 8]
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if GROUPS else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    LAG: gl.constexpr = 1 if GROUPS else 0  # steps until the products of a step are surely done
     X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
     if PDL:
@@ -1041,34 +1066,43 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
         async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
                 pred=stage < steps)
 
-    nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-    y0 = warpgroup_mma_init(nothing)
-    y1 = warpgroup_mma_init(nothing)
+    y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    if GROUPS:
+        y0 = warpgroup_mma_init(y0)
+        y1 = warpgroup_mma_init(y1)
     mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        tokens_tile = x_ring.index(place)
-        y0 = warpgroup_mma(w_ring.index(place * LEAVES), tokens_tile.permute((1, 0)), y0, is_async=True)
-        y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), tokens_tile.permute((1, 0)), y1, is_async=True)
+        x_tile = x_ring.index(place)
+        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile.permute((1, 0)), y0, is_async=True)
+            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile.permute((1, 0)), y1, is_async=True)
+        else:
+            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
         if not GIVEN:
-            x_seen = tokens_tile.load(X).to(gl.float32)
+            x_seen = x_tile.load(X).to(gl.float32)
             mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
                     EIGHTS)
-        # The products of the step before are done: its place takes the step that comes a round later.
-        y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
-        y0 = warpgroup_mma_init(y0)
-        y1 = warpgroup_mma_init(y1)
-        free = (step + STAGES - 1) % STAGES
-        more = (step > 0) & (step - 1 + STAGES < steps)
-        k_0 = (first + step - 1 + STAGES) * BLOCK_K
+        if GROUPS:
+            y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
+            y0 = warpgroup_mma_init(y0)
+            y1 = warpgroup_mma_init(y1)
+        # The place whose products are done takes the step that comes a round later.
+        free = (step + STAGES - LAG) % STAGES
+        ahead = step - LAG + STAGES
+        more = (step >= LAG) & (ahead < steps)
         mbarrier.expect(ready.index(free), BYTES, pred=more)
         for leaf in gl.static_range(LEAVES):
-            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, k_0], ready.index(free),
-                    w_ring.index(free * LEAVES + leaf), pred=more)
-        async_load(x_tiles, [t_0, k_0], ready.index(free), x_ring.index(free), pred=more)
-    y0 = warpgroup_mma_wait(0, deps=(y0,))
-    y1 = warpgroup_mma_wait(0, deps=(y1,))
+            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, (first + ahead) * BLOCK_K], ready.index(free),
+                       w_ring.index(free * LEAVES + leaf), pred=more)
+        async_load(x_tiles, [t_0, (first + ahead) * BLOCK_K], ready.index(free), x_ring.index(free), pred=more)
+    if GROUPS:
+        y0 = warpgroup_mma_wait(0, deps=(y0,))
+        y1 = warpgroup_mma_wait(0, deps=(y1,))
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     t = t_0 + m
@@ -1301,7 +1335,10 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
     WARPS: gl.constexpr = gl.num_warps()
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
-    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, WARPS // TALL], [16, BLOCK_M * TALL // WARPS, 16])
+    GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
+    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if GROUPS else [16, 8]
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if GROUPS else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    LAG: gl.constexpr = 1 if GROUPS else 0  # steps until the products of a step are surely done
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -1328,24 +1365,31 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
         async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
                 pred=stage < steps)
 
-    nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-    y0 = warpgroup_mma_init(nothing)
+    y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    if GROUPS:
+        y0 = warpgroup_mma_init(y0)
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        tokens_tile = x_ring.index(place)
-        y0 = warpgroup_mma(w_ring.index(place * LEAVES), tokens_tile.permute((1, 0)), y0, is_async=True)
-        # The products of the step before are done: its place takes the step that comes a round later.
-        y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-        free = (step + STAGES - 1) % STAGES
-        more = (step > 0) & (step - 1 + STAGES < steps)
-        k_0 = (first + step - 1 + STAGES) * BLOCK_K
+        x_tile = x_ring.index(place)
+        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile.permute((1, 0)), y0, is_async=True)
+        else:
+            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+        if GROUPS:
+            y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        # The place whose products are done takes the step that comes a round later.
+        free = (step + STAGES - LAG) % STAGES
+        ahead = step - LAG + STAGES
+        more = (step >= LAG) & (ahead < steps)
         mbarrier.expect(ready.index(free), BYTES, pred=more)
         for leaf in gl.static_range(LEAVES):
-            async_load(down_proj_tiles, [leaf * ROWS + n_0, k_0], ready.index(free),
-                    w_ring.index(free * LEAVES + leaf), pred=more)
-        async_load(x_tiles, [t_0, k_0], ready.index(free), x_ring.index(free), pred=more)
-    y0 = warpgroup_mma_wait(0, deps=(y0,))
+            async_load(down_proj_tiles, [leaf * ROWS + n_0, (first + ahead) * BLOCK_K], ready.index(free),
+                       w_ring.index(free * LEAVES + leaf), pred=more)
+        async_load(x_tiles, [t_0, (first + ahead) * BLOCK_K], ready.index(free), x_ring.index(free), pred=more)
+    if GROUPS:
+        y0 = warpgroup_mma_wait(0, deps=(y0,))
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     t = t_0 + m
