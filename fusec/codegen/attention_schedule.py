@@ -67,6 +67,7 @@ def decode_launch(
     A row of the GPU's table (see schedule) answers first, then `decode_rule`.
     """
     rows = schedule.lookup(gpu, "decode", G, R, K, J, itemsize) or ()
+    rows = [row for row in rows if (row["sequences"] == 1) == (batch == 1)]  # one sequence is another kind of work
     tile = next((row for row in rows if row["sequences"] >= batch and row["context"] >= max_context), None)
     if tile is None:
         width = max(padded(K), padded(J)) * itemsize
@@ -92,15 +93,13 @@ def decode_rule(batch: int, max_context: int, *, G: int, R: int, width: int, mul
     """The tile of decode attention without a table.  width: bytes of one position's keys.
 
     Measured on an H200 with 32 query heads, 8 KV heads of 128. One sequence's neighbours in a step are matrix-vector kernels, and
-    what needs more than LITTLE shared memory cannot share a multiprocessor with them. With more sequences, several programs a
-    multiprocessor hide each other's latency, and smaller tiles win as there are more of them.
+    what needs more than LITTLE shared memory cannot share a multiprocessor with them. With more sequences, small tiles of few
+    warps win: several programs a multiprocessor hide each other's latency.
     """
     pairs = batch * G
     if batch == 1:  # long contexts: two programs a multiprocessor, as one keeps too few loads in flight
         several = 1 << (multiprocessors // pairs or 1).bit_length() - 1  # programs a pair that fill the GPU
         block_n, num_warps, num_stages, parts = 16384 // width, 4, 2, several * (2 if max_context > 1024 else 1)
-    elif pairs <= 2 * multiprocessors:
-        block_n, num_warps, num_stages, parts = 64, 4, 3, 0
     else:
         block_n, num_warps, num_stages, parts = 32, 2, 4, 0
     wide = (max(1, width // 256) if batch > 1 else 1) * max(1, padded(R) // 16)

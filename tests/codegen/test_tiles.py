@@ -53,7 +53,7 @@ else:
         monkeypatch.setattr(schedule, "table", lambda gpu: {key: [row]})
         assert decode_launch(8, 1024, **heads) == wanted
         assert decode_launch(5, 512, **heads).constants["BLOCK_N"] == wanted.constants["BLOCK_N"]
-        for beyond in ((9, 1024), (8, 2048)):  # more sequences, or longer ones, than the row is for
+        for beyond in ((9, 1024), (8, 2048), (1, 512)):  # more sequences or longer ones than the row is for, or one alone
             assert decode_launch(*beyond, **heads).constants["BLOCK_N"] != wanted.constants["BLOCK_N"]
 
     def test_a_program_asks_the_table_of_the_gpu_it_was_compiled_for():

@@ -554,8 +554,7 @@ def attention_decode(
         q_pos = context - 1
         first = 0
         blocks = tl.cdiv(context - first, BLOCK_N)
-        fair = tl.maximum(tl.cdiv(blocks, PARTS), CHUNK // BLOCK_N)
-        parts = tl.minimum((blocks + fair // 2) // fair, PARTS)
+        share = tl.maximum(tl.cdiv(blocks, PARTS), CHUNK // BLOCK_N)
     else:
         # A sequence gets as many programs as its part of all the work is worth: enough to keep the GPU busy, few enough that
         # their results are worth combining.
@@ -575,8 +574,8 @@ def attention_decode(
         q_pos = context - 1
         first = 0
         blocks = tl.cdiv(context - first, BLOCK_N)
+        share = tl.maximum(tl.cdiv(blocks, tl.maximum(parts, 1)), 1)
     split = program - before
-    share = tl.maximum(tl.cdiv(blocks, tl.maximum(parts, 1)), 1)
     used = tl.cdiv(blocks, share)  # programs of this sequence that have work; none for a padding row, or past the last one
     begin = first + split * share * BLOCK_N
     end = tl.minimum(begin + share * BLOCK_N, context)
@@ -642,26 +641,42 @@ def attention_decode(
 
     # Last to arrive: weigh the parts by their share of the whole softmax, as many at a time as registers hold.
     HEADS: tl.constexpr = triton.next_power_of_2(R)
-    STEP: tl.constexpr = min(16, triton.next_power_of_2(PARTS),
-            max(1, (8192 if BATCH == 1 else 4096) // (HEADS * BLOCK_J)))
+    FIT: tl.constexpr = max(1, (8192 if BATCH == 1 else 4096) // (HEADS * BLOCK_J))
+    STEP: tl.constexpr = min(triton.next_power_of_2(PARTS), min(16, FIT))
     h = tl.arange(0, HEADS)
     top = tl.full([HEADS], NEVER, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     result = tl.zeros([HEADS, BLOCK_J], tl.float32)
-    for i0 in tl.range(0, used, STEP):
-        i = i0 + tl.arange(0, STEP)
-        heads = (whole + i)[None, :] * R + h[:, None]
-        there = (i < used)[None, :] & (h < R)[:, None]
-        logs = tl.load(lse + heads, mask=there, other=NEVER, cache_modifier=".cg")
-        tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :],
-        mask=there[:, :, None] & (dj < J)[None, None, :],
-                       other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(top, tl.max(logs, 1))
-        weight = tl.exp2(logs - higher[:, None])
-        fade = tl.exp2(top - higher)
-        total = total * fade + tl.sum(weight, 1)
-        result = result * fade[:, None] + tl.sum(tile * weight[:, :, None], 1)
-        top = higher
+    if BATCH == 1:
+        for i0 in tl.static_range(0, PARTS, STEP):
+            i = i0 + tl.arange(0, STEP)
+            heads = (whole + i)[None, :] * R + h[:, None]
+            there = (i < used)[None, :] & (h < R)[:, None]
+            logs = tl.load(lse + heads, mask=there, other=NEVER, cache_modifier=".cg")
+            tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :],
+            mask=there[:, :, None] & (dj < J)[None, None, :],
+                           other=0.0, cache_modifier=".cg")
+            higher = tl.maximum(top, tl.max(logs, 1))
+            weight = tl.exp2(logs - higher[:, None])
+            fade = tl.exp2(top - higher)
+            total = total * fade + tl.sum(weight, 1)
+            result = result * fade[:, None] + tl.sum(tile * weight[:, :, None], 1)
+            top = higher
+    else:
+        for i0 in tl.range(0, used, STEP):
+            i = i0 + tl.arange(0, STEP)
+            heads = (whole + i)[None, :] * R + h[:, None]
+            there = (i < used)[None, :] & (h < R)[:, None]
+            logs = tl.load(lse + heads, mask=there, other=NEVER, cache_modifier=".cg")
+            tile = tl.load(partial + heads[:, :, None] * J + dj[None, None, :],
+            mask=there[:, :, None] & (dj < J)[None, None, :],
+                           other=0.0, cache_modifier=".cg")
+            higher = tl.maximum(top, tl.max(logs, 1))
+            weight = tl.exp2(logs - higher[:, None])
+            fade = tl.exp2(top - higher)
+            total = total * fade + tl.sum(weight, 1)
+            result = result * fade[:, None] + tl.sum(tile * weight[:, :, None], 1)
+            top = higher
     result = result / total[:, None]
     tl.store(out + (pair * R + h[:, None]) * J + dj[None, :], result.to(out.dtype.element_ty),
              mask=(h < R)[:, None] & (dj < J)[None, :])
