@@ -68,7 +68,7 @@ def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
     """Rings of which a multiprocessor holds one, two or four; no second wave unless there are many."""
     found = []
     rooms = (SHARED, SHARED // 2, SHARED // 4)
-    for n, bk, warps, room in itertools.product((16, 32, 64, 128), (64, 128, 256), (2, 4, 8), rooms):
+    for n, bk, warps, room in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (2, 4, 8), rooms):
         place, steps, tiles = (n * leaves + tokens) * bk * itemsize, k // bk, -(-rows // n)
         most = min((room - 4096) // place, 12)
         registers = n * leaves * tokens // (32 * warps)

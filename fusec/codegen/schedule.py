@@ -107,12 +107,13 @@ def skinny(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT
 
 def stream(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT) -> tuple[Stream, ...]:
     """Long steps along K; K is split until there are two programs a multiprocessor, a ring of half its shared memory each.
-    Empty where K is no whole number of steps, which the copies must be."""
+    Empty where K is no whole number of steps, which the copies must be. A shape that was measured streams the numbers of tokens
+    for which that was faster than the skinny form."""
     if itemsize != 2 or k % 64:
         return ()
     found = lookup(gpu, "stream", rows, k, leaves, itemsize)
-    if found:
-        return tuple(Stream(**row) for row in found)
+    if found or lookup(gpu, "skinny", rows, k, leaves, itemsize):
+        return tuple(Stream(**row) for row in found or ())
     table = []
     for tokens in (16, 32, 64):
         block_n = 64
