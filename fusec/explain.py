@@ -55,16 +55,21 @@ def head(compiled, runs, step, bandwidth) -> list[str]:
     module = compiled.module
     name = Path(compiled.source).name if isinstance(compiled.source, Path) else "a program"
     moved = sum((traffic(launch.kernel, step, compiled.dtype) for launch in module.launches), Traffic())
-    layers = [run for run in runs if run.count > 1]
-    per_layer = f", {' or '.join(str(n) for n in sorted({len(run.launches) for run in layers}))} a layer" if layers else ""
+    counts = sorted({len(launched(run.launches)) for run in runs if run.count > 1})
+    per_layer = f", {' or '.join(map(str, counts))} a layer" if counts else ""
     return [
         f"{module.name} from {name}, {compiled.dtype}",
-        f"{plural(len(module.launches), 'launch', 'launches')} a step{per_layer}; "
+        f"{plural(len(launched(module.launches)), 'launch', 'launches')} a step{per_layer}; "
         f"{plural(len(module.functions), 'distinct kernel')}",
         f"one token at a context of {step.context}: {amount(moved.weights)} of weights, {amount(moved.history)} of history, "
         f"{amount(moved.reads + moved.writes)} of activations",
         f"floor at {bandwidth:g} GB/s: {moved.floor_us(bandwidth) / 1e3:.3f} ms a token",
     ]
+
+
+def launched(launches) -> list:
+    """Those of a step of one token a sequence: what decode attention makes itself is no launch then."""
+    return [launch for launch in launches if not launch.kernel.attrs.get("inlined")]
 
 
 # ---- one kernel ----------------------------------------------------------------------------------------------------------------
@@ -78,6 +83,8 @@ def kernel_lines(compiled, launch, step, bandwidth) -> list[str]:
     parts = [f"{amount(size)} {what}" for what, size in sizes.items() if size]
     lines = [f"  {launch.function}   {places(kernel)}",
              *wrapped("computes", what_it_computes(kernel, launch.function)),
+             *(wrapped("launched", "for several tokens a sequence; one token's attention computes it itself")
+               if kernel.attrs.get("inlined") else []),
              f"    moves     {' + '.join(parts)}; floor {f'{floor:.2f} µs' if floor >= 0.005 else 'below 0.01 µs'}"]
     return lines
 

@@ -214,7 +214,7 @@ class Tuner:
         found = []
         for tiles in decode_tiles(rule, sequences, BUCKET, self.program.dtype.itemsize):
             path = Path(self.program.program.__file__).with_name("kernels.py")
-            pointers = [kind] * 3 + ["int32"] * 2 + [kind, "float32", "float32", "int32"]
+            pointers = [kind] * 3 + ["int32"] * 2 + [kind, "float32", "float32", "int32", *source.facts["heads"]]
             strides = [max(sequences, 2), a.G * a.R * a.K, self.batch(1).block_tables.stride(0)]
             job = (str(path), source.name, [*pointers, *strides], tiles.constants, tiles.options)
             found.append((tiles, self.pool.submit(warm, job)))

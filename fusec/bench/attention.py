@@ -10,6 +10,7 @@ ahead.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from .shapes import config_of
 from .table import say
 
 COLD = 256 << 20
+MOST = 512  # sequences
 COLUMNS = {"kind": ("kind", ""), "batch": ("batch", "d"), "context": ("context", "d"), "lengths": ("lengths", ""),
            "us": ("µs", ".2f"), "torch_us": ("torch µs", ".2f"), "flashinfer_us": ("FlashInfer µs", ".2f"),
            "GBps": ("GB/s", ".0f"), "share": ("share", ".1%"), "TFLOPs": ("TFLOP/s", ".1f"),
@@ -106,7 +108,12 @@ def attention_of(config: dict, dtype: str, device):
     program = load_source(module.kernels_py, module.program_py)
     program.PDL = dependent_launch(device)
     found = next(s.facts["attention"] for s in function.sources if "attention" in s.facts)
-    return getattr(program, function.name), Shape(found.G, found.R, found.K, found.J)
+    # What a norm over each head reads, if there is one: random numbers, for as many sequences as anyone measures.
+    types, made = {"x": getattr(torch, dtype), "f32": torch.float32}, {}
+    for name, number in function.sources[0].facts["inputs"].items():
+        value = function.kernel.inputs[number]
+        made[name] = torch.randn(*(d.size or MOST for d in value.dims), device=device).to(types[value.dtype])
+    return functools.partial(getattr(program, function.name), **made), Shape(found.G, found.R, found.K, found.J)
 
 
 def paged(lengths, shape: Shape, dtype, device):

@@ -13,7 +13,7 @@ from . import attention as attention_body
 from . import schedule
 from .contraction import Contraction
 from .contraction_kernel import contraction
-from .row_kernel import row_kernel
+from .row_kernel import head_rows, row_kernel
 from .writer import Source, environment
 
 COUNTS = {"T": "T", "T'": "N"}  # run-time dim -> what generated code calls its size
@@ -131,17 +131,26 @@ class Launches:
         source.facts["tiles"] = {"BLOCK_M": block_m, "num_warps": warps}
         tokens = COUNTS[f["row_dim"]]
         blocks = [f"triton.cdiv({tokens}{f' * {n}' if n > 1 else ''}, {block_m})" for n in f["repeats"]]
-        grid = f"({' + '.join(blocks)},)"
-        return (
-            [source],
-            call(source, grid, tokens, {"BLOCK_M": block_m}, warps),
-            [(tokens, ("tokens", tokens)), *merge(source.roles)],
-        )
+        lines = call(source, f"({' + '.join(blocks)},)", tokens, {"BLOCK_M": block_m}, warps)
+        batch = [("b", ("batch",))] if kernel.attrs.get("inlined") else []
+        if batch:
+            lines = ["if b.max_query == 1:", "    return  # decode attention makes them itself", *lines]
+        return [source], lines, [*batch, (tokens, ("tokens", tokens)), *merge(source.roles)]
 
     def attention(self, kernel):
         via = kernel.attrs["body"].outputs[0]
         a = attention_body.match(via.attrs["body"])
         comment = self.source_lines(kernel)
+        operand = {i: kernel.attrs["body"].inputs.index(operand) for i, operand in enumerate(via.inputs)}
+        params = [
+            ("m", ("model",)),
+            ("b", ("batch",)),
+            ("q", ("input", operand[a.q])),
+            ("k_cache", ("input", operand[a.k])),
+            ("v_cache", ("input", operand[a.v])),
+            ("out", ("output", 0)),
+        ]
+        heads = self.heads(kernel, a, params) if "heads" in kernel.attrs else None
         sources = []
         for form in ("decode", "prefill"):
             k = {
@@ -153,13 +162,16 @@ class Launches:
                 "causal": a.causal,
                 "dense": a.dense,
                 "extra": a.extra,
+                "heads": heads,
             }
             text = environment().get_template(f"attention_{form}.py.jinja").render(k=k)
-            sources.append(Source(f"kernel_{form}", form, text, {}, {"attention": a}))
+            facts = {"attention": a, "heads": heads["kinds"] if heads else [], "inputs": heads["inputs"] if heads else {}}
+            sources.append(Source(f"kernel_{form}", form, text, {}, facts))
         sizes = f"G={a.G}, R={a.R}, K={a.K}, J={a.J}, page=m.block_size, itemsize={self.itemsize}, pdl=PDL"
         stride = a.G * a.R * a.K
+        made = "".join(f" {name}," for name in heads["arguments"]) if heads else ""
         buffers = {
-            "decode": "b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences",
+            "decode": f"b.block_tables, b.context_lens, out, *m.scratch(launch, sequences),{made} sequences",
             "prefill": "b.block_tables, b.query_starts, b.context_lens, out",
         }
         lines = ["sequences = b.context_lens.shape[0]", "if b.max_query == 1:"]
@@ -172,16 +184,30 @@ class Launches:
                 f"        q, k_cache, v_cache, {buffers[form]}, {stride}, b.block_tables.stride(0),",
                 "        **launch.constants, **launch.options)",
             ]
-        operand = {i: kernel.attrs["body"].inputs.index(operand) for i, operand in enumerate(via.inputs)}
-        params = [
-            ("m", ("model",)),
-            ("b", ("batch",)),
-            ("q", ("input", operand[a.q])),
-            ("k_cache", ("input", operand[a.k])),
-            ("v_cache", ("input", operand[a.v])),
-            ("out", ("output", 0)),
-        ]
         return sources, lines, params
+
+    def heads(self, kernel, a, params) -> dict:
+        """What a row kernel makes of the heads, as a function that decode attention calls: its text, what it takes, and what the
+        launch gives for that; the launch's own parameters are added to `params`."""
+        own = kernel.attrs["heads"]
+        rows = next(i.inputs[0] for i in kernel.inputs[:own] if i.op == "get" and i.inputs[0].attrs.get("inlined"))
+        text, roles = head_rows(rows, "kernel_decode_heads", self.source_lines(rows), self.dtype, a.G)
+        known = {role: name for name, role in params}
+        results = {i.attrs["index"]: n for n, i in enumerate(kernel.inputs[:own]) if i.op == "get" and i.inputs[0] is rows}
+        pointers, arguments, kinds, inputs = [], [], [], {}
+        for pointer, role in roles.items():
+            if role[0] == "output":  # one of attention's own operands
+                name, kind = known["input", results[role[1]]], "x"
+            elif role[0] == "slots":
+                name, kind = "b.slots", "slots"
+            else:
+                name, kind = f"of_{pointer.removesuffix('_ptr')}", kernel.inputs[own + role[1]].dtype
+                inputs[name] = own + role[1]
+                params.append((name, ("input", own + role[1])))
+            pointers.append(pointer)
+            arguments.append(name)
+            kinds.append({"x": self.dtype, "slots": "int64", "int": "int32", "bool": "bool"}.get(kind, "float32"))
+        return {"text": text, "pointers": pointers, "arguments": arguments, "kinds": kinds, "inputs": inputs}
 
 
 def check_supported(graph: Graph) -> None:

@@ -132,7 +132,8 @@ class Builder:
             function = Function(label, [p for p, _ in params], [], [], kernel)
             for source in sources:
                 final = f"{label}_{source.form}" if len(sources) > 1 else label
-                source.text = rename(source.text, source.name, final)
+                for old, new in ((f"{source.name}_heads", f"{final}_heads"), (source.name, final)):
+                    source.text = rename(source.text, old, new).replace(f" {old}(", f" {new}(")
                 function.launch = [
                     line.replace(f"kernels.{source.name}[", f"kernels.{final}[") for line in (function.launch or launch)
                 ]
@@ -260,7 +261,8 @@ def preamble(text: str) -> str:
 
 def structure(kernel: Value) -> tuple:
     """What the source of a kernel depends on: equal for kernels of like layers."""
-    return kernel.attrs["kind"], kernel.attrs["name"], tuple(i.dtype for i in kernel.inputs), shape_of(kernel.attrs["body"])
+    a = kernel.attrs
+    return a["kind"], a["name"], a.get("heads"), a.get("inlined"), tuple(i.dtype for i in kernel.inputs), shape_of(a["body"])
 
 
 def shape_of(body: Graph) -> tuple:

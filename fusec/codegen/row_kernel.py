@@ -3,30 +3,62 @@
 from __future__ import annotations
 
 import math
+import re
 
 from ..ir.graph import Value
 from ..ir.ops import OPS
 from ..passes.analysis import RUNTIME, cone
 from .contraction import pieces
 from .expressions import Emitter, Index, coordinates, strip, term
-from .writer import REDUCE, Source, Writer, define, environment, tidy
+from .writer import REDUCE, Source, Writer, define, environment, partition, tidy
 
 ROW_BLOCK = 8192  # elements of a row that one block may hold
 
 
 def row_kernel(kernel: Value, name: str, comment, dtype: str) -> Source:
     """A row kernel. Results over rows of the same kind form a section; sections share the launch."""
-    body = kernel.attrs["body"]
-    w = Writer(body, dtype)
-    kinds: dict[tuple, list[int]] = {}
-    for number, output in enumerate(body.outputs):
-        kinds.setdefault(row_dims(output), []).append(number)
-    sections = [row_section(w, rows, numbers) for rows, numbers in kinds.items()]
+    w = Writer(kernel.attrs["body"], dtype)
+    kinds, sections = write_sections(w)
     context = {"signature": define(name, [*w.params.roles, "T"], ["BLOCK_M", "PDL"]), "comment": comment, "sections": sections}
     text = environment().get_template("rows.py.jinja").render(k=context)
     runtime = next(d.name for d in next(iter(kinds)) if d.name in RUNTIME)
     facts = {"repeats": [s["repeat"] for s in sections], "width": max(s["width"] for s in sections), "row_dim": runtime}
     return Source(name, "rows", text, w.params.roles, facts)
+
+
+def head_rows(kernel: Value, name: str, comment, dtype: str, heads: int) -> tuple[str, dict[str, tuple]]:
+    """(source, roles of its pointers) of a function that makes the rows of a row kernel that belong to one token and one of
+    `heads`: decode attention calls it (see passes/inline_heads.py)."""
+    w, lines = Writer(kernel.attrs["body"], dtype), []
+    _, sections = write_sections(w)
+    for number, section in enumerate(sections):
+        own = section["repeat"] // heads  # rows of this token and head
+        first = f"(b * {heads} + g).to(tl.int64)" + (f" * {own}" if own > 1 else "")
+        text = [f"own = tl.arange(0, {1 << (own - 1).bit_length()})[:, None]", f"m = {first} + own", f"m_mask = own < {own}"]
+        text += section["lines"]
+        ending = f"_of_{number}" if number else ""  # sections use the same names for their indices
+        lines += [re.sub(r"\b(own|m|m_mask|t|i|j|j_mask)\b", rf"\1{ending}", line) for line in text]
+    lines = loads_first(lines)
+    context = {"signature": define(name, [*w.params.roles, "b", "g"]), "comment": comment, "lines": lines}
+    return environment().get_template("heads.py.jinja").render(k=context), w.params.roles
+
+
+def loads_first(lines: list[str]) -> list[str]:
+    """Straight-line code in which all that is read is on its way before the first reduction waits for it; as it was, if a
+    reduction needs another."""
+    sums = [line for line in lines if re.match(r"\w+ = tl\.(sum|max)\(", line)]
+    early, late = partition([line for line in lines if line not in sums], {line.partition(" = ")[0] for line in sums})
+    made = {line.partition(" = ")[0] for line in late}
+    needs = {name for line in sums for name in re.findall(r"[A-Za-z_]\w*", line.partition(" = ")[2])}
+    return lines if needs & made else [*early, *sums, *late]
+
+
+def write_sections(w: Writer) -> tuple[dict[tuple, list[int]], list[dict]]:
+    """(rows -> numbers of the results over them, a section of each)."""
+    kinds: dict[tuple, list[int]] = {}
+    for number, output in enumerate(w.body.outputs):
+        kinds.setdefault(row_dims(output), []).append(number)
+    return kinds, [row_section(w, rows, numbers) for rows, numbers in kinds.items()]
 
 
 def row_dims(output: Value) -> tuple:

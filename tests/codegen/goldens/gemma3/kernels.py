@@ -367,8 +367,65 @@ def self_attn(x_ptr, q_norm_ptr, cos_ptr, q_norm_2_ptr, sin_ptr, out_ptr, x_2_pt
 
 
 @triton.jit
+def attention_decode_heads(x_ptr, q_norm_ptr, cos_ptr, q_norm_2_ptr, sin_ptr, out_ptr, x_2_ptr, k_norm_ptr,
+                           k_norm_2_ptr, k_cache_ptr, slots_ptr, b, g):
+    # gemma3.fuse:27   h = f32(x)
+    # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
+    # gemma3.fuse:38   q = rope[K](q_norm(q_proj(x)), pos, near if local else whole)
+    # gemma3.fuse:39   k = rope[K](k_norm(k_proj(x)), pos, near if local else whole)
+    # gemma3.fuse:41   o_proj(attend[K, mask=window[W] if local else causal, scale=scale](q, cache(k), cache(v), pos))
+    own = tl.arange(0, 4)[:, None]
+    m = (b * 1 + g).to(tl.int64) * 4 + own
+    m_mask = own < 4
+    t = m // 4
+    i = m % 4
+    i_r = i % 4
+    i_g = i // 4
+    j = tl.arange(0, 256)[None, :]
+    x = tl.load(x_ptr + t * 1024 + i * 256 + j, mask=m_mask, other=0).to(tl.float32)
+    j_2 = tl.arange(0, 128)[None, :]
+    x_2 = tl.load(x_ptr + t * 1024 + i * 256 + j_2, mask=m_mask, other=0).to(tl.float32)
+    q_norm = tl.load(q_norm_ptr + j_2).to(tl.float32)
+    cos = tl.load(cos_ptr + t * 128 + j_2, mask=m_mask, other=0).to(tl.float32)
+    x_3 = tl.load(x_ptr + t * 1024 + i * 256 + (j_2 + 128), mask=m_mask, other=0).to(tl.float32)
+    q_norm_2 = tl.load(q_norm_2_ptr + j_2).to(tl.float32)
+    sin = tl.load(sin_ptr + t * 128 + j_2, mask=m_mask, other=0).to(tl.float32)
+    own_of_1 = tl.arange(0, 1)[:, None]
+    m_of_1 = (b * 1 + g).to(tl.int64) + own_of_1
+    m_mask_of_1 = own_of_1 < 1
+    t_of_1 = m_of_1 // 1
+    i_of_1 = m_of_1 % 1
+    j_of_1 = tl.arange(0, 256)[None, :]
+    x_2_2 = tl.load(x_2_ptr + t_of_1 * 256 + i_of_1 * 256 + j_of_1, mask=m_mask_of_1, other=0).to(tl.float32)
+    j_3 = tl.arange(0, 128)[None, :]
+    x_2_3 = tl.load(x_2_ptr + t_of_1 * 256 + i_of_1 * 256 + j_3, mask=m_mask_of_1, other=0).to(tl.float32)
+    k_norm = tl.load(k_norm_ptr + j_3).to(tl.float32)
+    cos_2 = tl.load(cos_ptr + t_of_1 * 128 + j_3, mask=m_mask_of_1, other=0).to(tl.float32)
+    x_2_4 = tl.load(x_2_ptr + t_of_1 * 256 + i_of_1 * 256 + (j_3 + 128), mask=m_mask_of_1, other=0).to(tl.float32)
+    k_norm_2 = tl.load(k_norm_2_ptr + j_3).to(tl.float32)
+    sin_2 = tl.load(sin_ptr + t_of_1 * 128 + j_3, mask=m_mask_of_1, other=0).to(tl.float32)
+    slot = tl.load(slots_ptr + t_of_1, mask=m_mask_of_1, other=-1)
+    mean = tl.sum(x * x, 1)[:, None] / 256
+    mean_2 = tl.sum(x_2_2 * x_2_2, 1)[:, None] / 256
+    rsqrt = tl.rsqrt(mean + 1e-06)
+    v = (x_2 * rsqrt) * q_norm
+    v_2 = (x_3 * rsqrt) * q_norm_2
+    tl.store(out_ptr + t * 1024 + i_g * 1024 + i_r * 256 + j_2, (v * cos) - (v_2 * sin), mask=m_mask)
+    tl.store(out_ptr + t * 1024 + i_g * 1024 + i_r * 256 + j_2 + 128, (v_2 * cos) + (v * sin), mask=m_mask)
+    rsqrt_2 = tl.rsqrt(mean_2 + 1e-06)
+    v_3 = (x_2_3 * rsqrt_2) * k_norm
+    v_4 = (x_2_4 * rsqrt_2) * k_norm_2
+    tl.store(k_cache_ptr + slot * 256 + i_of_1 * 256 + j_3, (v_3 * cos_2) - (v_4 * sin_2),
+            mask=m_mask_of_1 & (slot >= 0))
+    tl.store(k_cache_ptr + slot * 256 + i_of_1 * 256 + j_3 + 128, (v_4 * cos_2) + (v_3 * sin_2),
+            mask=m_mask_of_1 & (slot >= 0))
+
+
+@triton.jit
 def attention_decode(
     q, k_cache, v_cache, block_tables, context_lens, out, partial, lse, arrivals,
+    x_ptr, q_norm_ptr, cos_ptr, q_norm_2_ptr, sin_ptr, out_ptr, x_2_ptr, k_norm_ptr, k_norm_2_ptr, k_cache_ptr,
+    slots_ptr,
     sequences, q_stride, table_stride,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, J: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -433,6 +490,9 @@ def attention_decode(
         tl.extra.cuda.gdc_wait()  # also where there is no work: the next kernel counts on this one's predecessors
     if split >= used:
         return
+    attention_decode_heads(x_ptr, q_norm_ptr, cos_ptr, q_norm_2_ptr, sin_ptr, out_ptr, x_2_ptr, k_norm_ptr,
+            k_norm_2_ptr, k_cache_ptr, slots_ptr, b, g)
+    tl.debug_barrier()  # every thread's stores come before its neighbours' loads
 
     q_rows = q + tl.cast(b, tl.int64) * q_stride + (g * R + r[:, None]) * K + dk[None, :]
     q_tile = tl.load(q_rows, mask=(r < R)[:, None] & (dk < K)[None, :], other=0.0).to(k_cache.dtype.element_ty)

@@ -54,19 +54,23 @@ def q_k_v_proj(m, T, q_k_v_proj, x, constant, out0, out1, v_cache, slots, partia
             BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def self_attn(T, x, q_norm, cos, q_norm_2, sin, out, x_2, k_norm, k_norm_2, k_cache, slots):
+def self_attn(b, T, x, q_norm, cos, q_norm_2, sin, out, x_2, k_norm, k_norm_2, k_cache, slots):
+    if b.max_query == 1:
+        return  # decode attention makes them itself
     kernels.self_attn[(triton.cdiv(T * 4, 4) + triton.cdiv(T, 4),)](
         x, q_norm, cos, q_norm_2, sin, out, x_2, k_norm, k_norm_2, k_cache, slots, T,
         BLOCK_M=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def attention(m, b, q, k_cache, v_cache, out):
+def attention(m, b, q, k_cache, v_cache, out, of_x, of_q_norm, of_cos, of_q_norm_2, of_sin, of_x_2, of_k_norm,
+        of_k_norm_2):
     sequences = b.context_lens.shape[0]
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=1, R=4, K=256, J=256, page=m.block_size, itemsize=2,
                 pdl=PDL, gpu="untuned")
         kernels.attention_decode[launch.grid](
-            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences, 1024,
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), of_x, of_q_norm,
+            of_cos, of_q_norm_2, of_sin, q, of_x_2, of_k_norm, of_k_norm_2, k_cache, b.slots, sequences, 1024,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:
@@ -298,26 +302,30 @@ def step(m, b):
     embed_tokens_positions(T, b.ids, w["model.embed_tokens"], m.x, b.positions, w["constants.table"], m.cos, m.sin)
     q_k_v_proj(m, T, w["model.layers.0.q_k_v_proj"], m.x, w["constants.constant"], m.x_2, m.x_3,
             c["model.layers.0.self_attn.v"], b.slots, m.partial, m.arrivals)
-    self_attn(T, m.x_2, w["model.layers.0.self_attn.q_norm"], m.cos, w["model.layers.0.self_attn.q_norm_2"], m.sin,
+    self_attn(b, T, m.x_2, w["model.layers.0.self_attn.q_norm"], m.cos, w["model.layers.0.self_attn.q_norm_2"], m.sin,
             m.x_4, m.x_3, w["model.layers.0.self_attn.k_norm"], w["model.layers.0.self_attn.k_norm_2"],
             c["model.layers.0.self_attn.k"], b.slots)
-    attention(m, b, m.x_4, c["model.layers.0.self_attn.k"], c["model.layers.0.self_attn.v"], m.x_2)
-    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.x_2, m.x_5, m.partial, m.arrivals)
+    attention(m, b, m.x_4, c["model.layers.0.self_attn.k"], c["model.layers.0.self_attn.v"], m.attended, m.x_2,
+            w["model.layers.0.self_attn.q_norm"], m.cos, w["model.layers.0.self_attn.q_norm_2"], m.sin, m.x_3,
+            w["model.layers.0.self_attn.k_norm"], w["model.layers.0.self_attn.k_norm_2"])
+    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.attended, m.x_5, m.partial, m.arrivals)
     pre_feedforward_layernorm(T, m.x_5, m.x, w["constants.constant"], w["model.layers.0.post_attention_layernorm"],
             m.x_6, m.rsqrt)
     gate_up_proj(m, T, w["model.layers.0.gate_up_proj"], m.x_6, m.rsqrt, m.x_7, m.partial, m.arrivals)
     down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_7, m.x, m.partial, m.arrivals)
-    input_layernorm(T, m.x, m.x_6, w["model.layers.0.post_feedforward_layernorm"], m.x_8, m.rsqrt_2)
-    q_k_v_proj_2(m, T, w["model.layers.1.q_k_v_proj"], m.x_8, m.rsqrt_2, m.x_9, m.x_10,
-            c["model.layers.1.self_attn.v"], b.slots, m.partial, m.arrivals)
-    self_attn(T, m.x_9, w["model.layers.1.self_attn.q_norm"], m.cos, w["model.layers.1.self_attn.q_norm_2"], m.sin,
-            m.x_11, m.x_10, w["model.layers.1.self_attn.k_norm"], w["model.layers.1.self_attn.k_norm_2"],
+    input_layernorm(T, m.x, m.x_6, w["model.layers.0.post_feedforward_layernorm"], m.x_5, m.rsqrt)
+    q_k_v_proj_2(m, T, w["model.layers.1.q_k_v_proj"], m.x_5, m.rsqrt, m.x_8, m.x_9, c["model.layers.1.self_attn.v"],
+            b.slots, m.partial, m.arrivals)
+    self_attn(b, T, m.x_8, w["model.layers.1.self_attn.q_norm"], m.cos, w["model.layers.1.self_attn.q_norm_2"], m.sin,
+            m.x_10, m.x_9, w["model.layers.1.self_attn.k_norm"], w["model.layers.1.self_attn.k_norm_2"],
             c["model.layers.1.self_attn.k"], b.slots)
-    attention(m, b, m.x_11, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.x_9)
-    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.x_9, m.x_12, m.partial, m.arrivals)
-    pre_feedforward_layernorm_2(T, m.x_12, m.x_8, w["model.layers.1.post_attention_layernorm"], m.x, m.rsqrt_3)
-    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x, m.rsqrt_3, m.x_13, m.partial, m.arrivals)
-    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_13, m.x_14, m.partial, m.arrivals)
-    rows(T, m.x_14, m.x, w["model.layers.1.post_feedforward_layernorm"], m.x_15)
-    embed_tokens(N, w["model.embed_tokens"], b.rows, m.x_15, w["model.norm"], logits, m.partial, m.arrivals)
+    attention(m, b, m.x_10, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.attended_2, m.x_8,
+            w["model.layers.1.self_attn.q_norm"], m.cos, w["model.layers.1.self_attn.q_norm_2"], m.sin, m.x_9,
+            w["model.layers.1.self_attn.k_norm"], w["model.layers.1.self_attn.k_norm_2"])
+    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.attended_2, m.x, m.partial, m.arrivals)
+    pre_feedforward_layernorm_2(T, m.x, m.x_5, w["model.layers.1.post_attention_layernorm"], m.x_6, m.rsqrt_2)
+    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_6, m.rsqrt_2, m.x_11, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_11, m.x, m.partial, m.arrivals)
+    rows(T, m.x, m.x_6, w["model.layers.1.post_feedforward_layernorm"], m.x_12)
+    embed_tokens(N, w["model.embed_tokens"], b.rows, m.x_12, w["model.norm"], logits, m.partial, m.arrivals)
     return logits

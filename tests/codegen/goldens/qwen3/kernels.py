@@ -458,8 +458,63 @@ def self_attn(x_ptr, q_norm_ptr, cos_ptr, q_norm_2_ptr, sin_ptr, out_ptr, x_2_pt
 
 
 @triton.jit
+def attention_decode_heads(x_ptr, q_norm_ptr, cos_ptr, q_norm_2_ptr, sin_ptr, out_ptr, x_2_ptr, k_norm_ptr,
+                           k_norm_2_ptr, k_cache_ptr, slots_ptr, b, g):
+    # qwen3.fuse:31   q = rope[K](q_norm(q_proj(x)), pos, freqs)
+    # qwen3.fuse:32   k = rope[K](k_norm(k_proj(x)), pos, freqs)
+    # qwen3.fuse:34   o_proj(attend[K, scale=scale](q, cache(k), cache(v), pos))
+    own = tl.arange(0, 4)[:, None]
+    m = (b * 8 + g).to(tl.int64) * 4 + own
+    m_mask = own < 4
+    t = m // 32
+    i = m % 32
+    i_r = i % 4
+    i_g = i // 4
+    j = tl.arange(0, 128)[None, :]
+    x = tl.load(x_ptr + t * 4096 + i * 128 + j, mask=m_mask, other=0).to(tl.float32)
+    j_2 = tl.arange(0, 64)[None, :]
+    q_norm = tl.load(q_norm_ptr + j_2).to(tl.float32)
+    x_2 = tl.load(x_ptr + t * 4096 + i * 128 + j_2, mask=m_mask, other=0).to(tl.float32)
+    cos = tl.load(cos_ptr + t * 64 + j_2, mask=m_mask, other=0).to(tl.float32)
+    q_norm_2 = tl.load(q_norm_2_ptr + j_2).to(tl.float32)
+    x_3 = tl.load(x_ptr + t * 4096 + i * 128 + (j_2 + 64), mask=m_mask, other=0).to(tl.float32)
+    sin = tl.load(sin_ptr + t * 64 + j_2, mask=m_mask, other=0).to(tl.float32)
+    own_of_1 = tl.arange(0, 1)[:, None]
+    m_of_1 = (b * 8 + g).to(tl.int64) + own_of_1
+    m_mask_of_1 = own_of_1 < 1
+    t_of_1 = m_of_1 // 8
+    i_of_1 = m_of_1 % 8
+    j_of_1 = tl.arange(0, 128)[None, :]
+    x_2_2 = tl.load(x_2_ptr + t_of_1 * 1024 + i_of_1 * 128 + j_of_1, mask=m_mask_of_1, other=0).to(tl.float32)
+    j_3 = tl.arange(0, 64)[None, :]
+    k_norm = tl.load(k_norm_ptr + j_3).to(tl.float32)
+    x_2_3 = tl.load(x_2_ptr + t_of_1 * 1024 + i_of_1 * 128 + j_3, mask=m_mask_of_1, other=0).to(tl.float32)
+    cos_2 = tl.load(cos_ptr + t_of_1 * 64 + j_3, mask=m_mask_of_1, other=0).to(tl.float32)
+    k_norm_2 = tl.load(k_norm_2_ptr + j_3).to(tl.float32)
+    x_2_4 = tl.load(x_2_ptr + t_of_1 * 1024 + i_of_1 * 128 + (j_3 + 64), mask=m_mask_of_1, other=0).to(tl.float32)
+    sin_2 = tl.load(sin_ptr + t_of_1 * 64 + j_3, mask=m_mask_of_1, other=0).to(tl.float32)
+    slot = tl.load(slots_ptr + t_of_1, mask=m_mask_of_1, other=-1)
+    mean = tl.sum(x * x, 1)[:, None] / 128
+    mean_2 = tl.sum(x_2_2 * x_2_2, 1)[:, None] / 128
+    rsqrt = tl.rsqrt(mean + 1e-06)
+    v = q_norm * (x_2 * rsqrt)
+    v_2 = q_norm_2 * (x_3 * rsqrt)
+    tl.store(out_ptr + t * 4096 + i_g * 512 + i_r * 128 + j_2, (v * cos) - (v_2 * sin), mask=m_mask)
+    tl.store(out_ptr + t * 4096 + i_g * 512 + i_r * 128 + j_2 + 64, (v_2 * cos) + (v * sin), mask=m_mask)
+    rsqrt_2 = tl.rsqrt(mean_2 + 1e-06)
+    v_3 = k_norm * (x_2_3 * rsqrt_2)
+    v_4 = k_norm_2 * (x_2_4 * rsqrt_2)
+    tl.store(k_cache_ptr + slot * 1024 + i_of_1 * 128 + j_3, (v_3 * cos_2) - (v_4 * sin_2),
+            mask=m_mask_of_1 & (slot >= 0))
+    tl.store(k_cache_ptr + slot * 1024 + i_of_1 * 128 + j_3 + 64, (v_4 * cos_2) + (v_3 * sin_2),
+            mask=m_mask_of_1 & (slot >= 0))
+
+
+@triton.jit
 def attention_decode(
     q, k_cache, v_cache, block_tables, context_lens, out, partial, lse, arrivals,
+    x_ptr, q_norm_ptr, cos_ptr, q_norm_2_ptr, sin_ptr, out_ptr, x_2_ptr, k_norm_ptr, k_norm_2_ptr, k_cache_ptr,
+    slots_ptr,
     sequences, q_stride, table_stride,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, J: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -524,6 +579,9 @@ def attention_decode(
         tl.extra.cuda.gdc_wait()  # also where there is no work: the next kernel counts on this one's predecessors
     if split >= used:
         return
+    attention_decode_heads(x_ptr, q_norm_ptr, cos_ptr, q_norm_2_ptr, sin_ptr, out_ptr, x_2_ptr, k_norm_ptr,
+            k_norm_2_ptr, k_cache_ptr, slots_ptr, b, g)
+    tl.debug_barrier()  # every thread's stores come before its neighbours' loads
 
     q_rows = q + tl.cast(b, tl.int64) * q_stride + (g * R + r[:, None]) * K + dk[None, :]
     q_tile = tl.load(q_rows, mask=(r < R)[:, None] & (dk < K)[None, :], other=0.0).to(k_cache.dtype.element_ty)

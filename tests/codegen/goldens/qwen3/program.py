@@ -72,19 +72,23 @@ def q_k_v_proj(m, T, q_k_v_proj, x, out0, out1, v_cache, slots, partial, arrival
             BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def self_attn(T, x, q_norm, cos, q_norm_2, sin, out, x_2, k_norm, k_norm_2, k_cache, slots):
+def self_attn(b, T, x, q_norm, cos, q_norm_2, sin, out, x_2, k_norm, k_norm_2, k_cache, slots):
+    if b.max_query == 1:
+        return  # decode attention makes them itself
     kernels.self_attn[(triton.cdiv(T * 32, 8) + triton.cdiv(T * 8, 8),)](
         x, q_norm, cos, q_norm_2, sin, out, x_2, k_norm, k_norm_2, k_cache, slots, T,
         BLOCK_M=8, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def attention(m, b, q, k_cache, v_cache, out):
+def attention(m, b, q, k_cache, v_cache, out, of_x, of_q_norm, of_cos, of_q_norm_2, of_sin, of_x_2, of_k_norm,
+        of_k_norm_2):
     sequences = b.context_lens.shape[0]
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=8, R=4, K=128, J=128, page=m.block_size, itemsize=2,
                 pdl=PDL, gpu="untuned")
         kernels.attention_decode[launch.grid](
-            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences, 4096,
+            q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), of_x, of_q_norm,
+            of_cos, of_q_norm_2, of_sin, q, of_x_2, of_k_norm, of_k_norm_2, k_cache, b.slots, sequences, 4096,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
     else:
@@ -255,21 +259,25 @@ def step(m, b):
     embed_tokens_positions(T, b.ids, w["model.embed_tokens"], m.x, b.positions, w["constants.table"], m.cos, m.sin)
     q_k_v_proj(m, T, w["model.layers.0.q_k_v_proj"], m.x, m.x_2, m.x_3, c["model.layers.0.self_attn.v"], b.slots,
             m.partial, m.arrivals)
-    self_attn(T, m.x_2, w["model.layers.0.self_attn.q_norm"], m.cos, w["model.layers.0.self_attn.q_norm_2"], m.sin,
+    self_attn(b, T, m.x_2, w["model.layers.0.self_attn.q_norm"], m.cos, w["model.layers.0.self_attn.q_norm_2"], m.sin,
             m.x_4, m.x_3, w["model.layers.0.self_attn.k_norm"], w["model.layers.0.self_attn.k_norm_2"],
             c["model.layers.0.self_attn.k"], b.slots)
-    attention(m, b, m.x_4, c["model.layers.0.self_attn.k"], c["model.layers.0.self_attn.v"], m.x_2)
-    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.x_2, m.x, m.x_5, m.partial, m.arrivals)
-    gate_up_proj(m, T, w["model.layers.0.gate_up_proj"], m.x_5, m.x_6, m.partial, m.arrivals)
-    down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_6, m.x_5, m.x, m.partial, m.arrivals)
+    attention(m, b, m.x_4, c["model.layers.0.self_attn.k"], c["model.layers.0.self_attn.v"], m.attended, m.x_2,
+            w["model.layers.0.self_attn.q_norm"], m.cos, w["model.layers.0.self_attn.q_norm_2"], m.sin, m.x_3,
+            w["model.layers.0.self_attn.k_norm"], w["model.layers.0.self_attn.k_norm_2"])
+    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.attended, m.x, m.x_2, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.0.gate_up_proj"], m.x_2, m.x_5, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_5, m.x_2, m.x, m.partial, m.arrivals)
     q_k_v_proj(m, T, w["model.layers.1.q_k_v_proj"], m.x, m.x_2, m.x_3, c["model.layers.1.self_attn.v"], b.slots,
             m.partial, m.arrivals)
-    self_attn(T, m.x_2, w["model.layers.1.self_attn.q_norm"], m.cos, w["model.layers.1.self_attn.q_norm_2"], m.sin,
+    self_attn(b, T, m.x_2, w["model.layers.1.self_attn.q_norm"], m.cos, w["model.layers.1.self_attn.q_norm_2"], m.sin,
             m.x_4, m.x_3, w["model.layers.1.self_attn.k_norm"], w["model.layers.1.self_attn.k_norm_2"],
             c["model.layers.1.self_attn.k"], b.slots)
-    attention(m, b, m.x_4, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.attended)
-    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.attended, m.x, m.x_7, m.partial, m.arrivals)
-    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_7, m.x_8, m.partial, m.arrivals)
-    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_8, m.x_7, m.x, m.partial, m.arrivals)
+    attention(m, b, m.x_4, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.attended, m.x_2,
+            w["model.layers.1.self_attn.q_norm"], m.cos, w["model.layers.1.self_attn.q_norm_2"], m.sin, m.x_3,
+            w["model.layers.1.self_attn.k_norm"], w["model.layers.1.self_attn.k_norm_2"])
+    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.attended, m.x, m.x_6, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_6, m.x_7, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_7, m.x_6, m.x, m.partial, m.arrivals)
     lm_head(N, w["lm_head"], b.rows, m.x, logits, m.partial, m.arrivals)
     return logits
