@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from .cli import json_option, print_json, read_config, tell, tell_diagnostics, working
-from .codegen.candidates import FORMS
+from .codegen.candidates import FORMS, TOKENS
 from .diagnostics import Diagnostic, DiagnosticError, as_dict
 from .errors import UsageError, UserError
 
@@ -257,9 +257,11 @@ def explain(subject, model, dtype, as_json):
 @click.argument("model", metavar="NAME|DIR")
 @click.option("--budget", type=click.FloatRange(10), default=120.0, show_default=True, help="Seconds.")
 @click.option("--form", "forms", multiple=True, type=click.Choice(FORMS), help="Only these forms.")
+@click.option("--tokens", multiple=True, type=click.Choice(list(map(str, TOKENS["skinny"]))),
+              help="Of the tiles for a few tokens, only those for up to so many.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="The table.  [default: this GPU's, in the package]")
-def tune(model, budget, forms, dtype, out):
+def tune(model, budget, forms, tokens, dtype, out):
     """Measure tiles for every contraction of MODEL (a name that bench knows, or a folder with a config.json; random weights).
 
     A tile is taken only if its results agree with another's. The table is written per GPU and merged with what it holds.
@@ -279,7 +281,7 @@ def tune(model, budget, forms, dtype, out):
     with working(f"loading {name}"):
         program = load_program(config, load_format="random", dtype=dtype, device=device, max_tokens=4096)
     tuner = Tuner(program, say=tell)
-    table = tuner.run(budget, forms or FORMS, lambda function, form, tokens, us, tiles: tell(
-        f"{function}, {form} of {tokens} token{'s' if tokens > 1 else ''}: {us:.2f} µs with {tiles}"))
+    table = tuner.run(budget, forms or FORMS, lambda function, form, n, us, tiles: tell(
+        f"{function}, {form} of {n} token{'s' if n > 1 else ''}: {us:.2f} µs with {tiles}"), tokens=[int(n) for n in tokens])
     write_table(table, out)
     print(out)

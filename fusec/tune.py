@@ -117,8 +117,9 @@ class Tuner:
         self.batches: dict[int, Batch] = {}
 
     @torch.inference_mode()
-    def run(self, budget: float, forms=FORMS, on_result=None) -> dict[str, list[dict]]:
-        """The table of the best tiles found within about `budget` seconds.
+    def run(self, budget: float, forms=FORMS, on_result=None, tokens=None) -> dict[str, list[dict]]:
+        """The table of the best tiles found within about `budget` seconds.  tokens: of a form that has tiles for several
+        numbers of them, only these.
 
         on_result(what, form, tokens, microseconds, tiles) is called for each of its rows, and with "the whole step" for steps.
         """
@@ -127,7 +128,8 @@ class Tuner:
         self.program.allocate_cache(128 * PAGES, PAGE)
         for cache in self.program.caches.values():
             cache.normal_()
-        ranges = [(form, tokens) for form in forms for tokens in TOKENS[form]] if self.contractions else []
+        ranges = [(form, n) for form in forms for n in TOKENS[form] if len(TOKENS[form]) == 1 or n in (tokens or TOKENS[form])]
+        ranges = ranges if self.contractions else []
         jobs = [(f, *each, self.render(f, *each)) for each in ranges for f in self.contractions]
         self.make_room([option for *_, options in jobs for option in options])
         warming = [[self.pool.submit(warm, self.job(f, option)) for option in options] for f, _, _, options in jobs]

@@ -1,9 +1,10 @@
 """The search of `fusec tune`, over made-up times of a step."""
 
+import json
 import time
 from types import SimpleNamespace
 
-from fusec.tune import ATTENTION, Tuner
+from fusec.tune import ATTENTION, Tuner, write_table
 
 
 def tuner(milliseconds):
@@ -59,3 +60,16 @@ def test_without_time_the_fastest_alone_stay():
     search = tuner(lambda choice: 1.0)
     assert search.together(FEW, LAUNCHES, 1, time.monotonic() - 1) == ({"qkv": "a", "o": "x"}, "rule", 1.0)
     assert len(search.tried) == 1
+
+
+def test_a_table_keeps_what_was_not_measured(tmp_path):
+    path = tmp_path / "gpu.json"
+    row = {"block_n": 64}
+    write_table({"skinny 8 8 1 2": [{"tokens": n} | row for n in (16, 32)], "stream 8 8 1 2": [{"tokens": 64} | row],
+                 "decode 1 1 8 8 2": [{"sequences": 1, "context": 1024, "parts": 4}]}, path)
+    write_table({"stream 8 8 1 2": [{"tokens": 16} | row], "skinny 8 8 1 2": [{"tokens": 64} | row],
+                 "decode 1 1 8 8 2": [{"sequences": 8, "context": 1024, "parts": 0}]}, path)
+    table = json.loads(path.read_text())
+    assert [r["tokens"] for r in table["skinny 8 8 1 2"]] == [16, 32, 64]  # those for 16 serve GPUs that stream nothing
+    assert [r["tokens"] for r in table["stream 8 8 1 2"]] == [16]  # 64 are now faster another way
+    assert [r["sequences"] for r in table["decode 1 1 8 8 2"]] == [1, 8]

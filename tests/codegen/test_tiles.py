@@ -39,6 +39,30 @@ else:
                     share = -(-k // (t.block_k * t.splits)) * t.block_k
                     assert (t.splits - 1) * share < k and t.stages * t.block_n * leaves * t.block_k * 2 <= candidates.SHARED
 
+    @pytest.mark.parametrize("rows, k, leaves", [*SHAPES, (1024, 2048, 1), (40, 64, 2)])
+    def test_streams_give_every_program_steps(rows, k, leaves):
+        """What the rule and the tuner choose for a Hopper GPU: whole steps along K, a share of them for each program, and a
+        ring that fits."""
+        for tokens in candidates.TOKENS["skinny"]:
+            rule = [t for t in schedule.stream(rows, k, leaves, 2, "nobody's table") if t.tokens == tokens]
+            for t in rule + candidates.stream(rows, k, leaves, 2, tokens, beside=1):
+                steps = k // t.block_k
+                share = -(-steps // t.splits)
+                assert k % t.block_k == 0 and (t.splits - 1) * share < steps and t.stages >= 2
+                assert t.stages * (leaves * t.block_n + tokens) * t.block_k * 2 + 4096 <= candidates.SHARED
+                assert tokens * min(t.num_warps, t.block_n // 16) // t.num_warps >= 8  # columns of a warp's product
+
+    def test_a_measured_shape_streams_what_was_faster_that_way(monkeypatch):
+        row = {"tokens": 32, "block_n": 64, "block_k": 64, "splits": 1, "num_warps": 4, "stages": 4}
+        tables = {"measured": {"skinny 128 256 1 2": [], "stream 128 256 1 2": [row]},
+                  "skinny": {"skinny 128 256 1 2": [{"tokens": 16}]}, "empty": {}}
+        monkeypatch.setattr(schedule, "table", tables.__getitem__)
+        assert schedule.stream(128, 256, 1, 2, "measured") == (schedule.Stream(**row),)
+        assert schedule.stream(128, 256, 1, 2, "skinny") == ()
+        assert [t.tokens for t in schedule.stream(128, 256, 1, 2, "empty")] == [16, 32, 64]
+        assert schedule.stream(128, 250, 1, 2, "empty") == () == schedule.stream(128, 256, 1, 4, "empty")
+        assert [(t.least, t.tokens) for t in schedule.stream(128, 256, 1, 2, "empty")] == [(2, 16), (17, 32), (33, 64)]
+
     @pytest.mark.parametrize("heads", [dict(G=8, R=4, K=128, J=128), dict(G=3, R=3, K=64, J=64), dict(G=1, R=8, K=256, J=256)])
     def test_one_sequence_leaves_shared_memory_to_its_neighbours(heads):
         rule = decode_launch(1, 1024, **heads, page=16)

@@ -24,12 +24,15 @@ TILES = {"gemv": schedule.Gemv, "skinny": schedule.Skinny, "stream": schedule.St
 
 
 def rows():
-    """(form, rows, k, leaves, itemsize, tiles) of every table."""
+    """(form, rows, k, leaves, itemsize, tiles) of every table, and of a few shapes beside."""
     for path in sorted(TABLES.glob("*.json")):
         for key, entries in json.loads(path.read_text()).items():
             form, *shape = key.split()
             for entry in entries if form in TILES else ():
                 yield form, *map(int, shape), TILES[form](**entry)
+    for shape in ((1000, 320, 1), (480, 640, 2), (6144, 4096, 1), (96, 192, 2)):  # in no table: what the rule says of them
+        for tile in schedule.stream(*shape):
+            yield "stream", *shape, 2, tile
 
 
 def test_every_tile(tmp_path):
