@@ -117,7 +117,7 @@ def record(compiled, program, target: str) -> list[Variant]:
             self.allocate_cache(1, BLOCK_SIZE)
 
         def empty(self, *shape, dtype=torch.int32):
-            return torch.empty(*shape, dtype=dtype, device=self.device)
+            return torch.empty(shape, dtype=dtype, device=self.device)
 
         def batch(self, step: Step) -> Batch:
             tokens, sequences, empty = step.tokens, step.sequences, self.empty

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -47,12 +47,13 @@ MEASURED = {16: 8}  # tokens a tile is for -> tokens it is measured with, where 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to launch a kernel: form, tiles, and the file and name of the kernel that was rendered for it."""
+    """One way to launch a kernel: form, tiles, and the file, the name and the source of the kernel that was rendered for it."""
 
     form: str
     tiles: object
     path: str
     name: str
+    source: object = field(compare=False, repr=False)
 
 
 def constants(form: str, tiles) -> dict:
@@ -178,7 +179,7 @@ class Tuner:
                 source = contraction(function.kernel, name, kind[0], [], self.module.dtype, tiles.block_n, tiles.block_k, parts)
                 path = Path(self.folder.name, f"{name}_{tokens}_{kind[1]:d}{kind[2]:d}.py")
                 path.write_text(preamble(source.text) + "\n\n" + source.text)
-                files[kind] = (str(path), name)
+                files[kind] = (str(path), name, source)
             found.append(Candidate(kind[0], tiles, *files[kind]))
         return found
 
@@ -193,7 +194,7 @@ class Tuner:
         p.arrivals = torch.zeros(max(p.arrivals.numel(), columns), dtype=torch.int32, device=p.device)
 
     def job(self, function, option: Candidate):
-        source = self.source(function, option.form)
+        source = option.source
         launch = next(n for n in self.module.launches if n.function == function.name)
         values = self.values(function, launch, self.batch(1))
         sizes = constants(option.form, option.tiles) | {"PDL": True}
@@ -256,7 +257,7 @@ class Tuner:
 
     def launch(self, function, option: Candidate, tokens: int, values: dict) -> None:
         """Launches a candidate in the place of `function`. values: parameter of the launch function -> argument."""
-        source, t = self.source(function, option.form), option.tiles
+        source, t = option.source, option.tiles
         sizes = constants(option.form, t)
         blocks = -(-source.facts["rows"] // t.block_n)
         if option.form == "gemv":
@@ -377,6 +378,11 @@ def write_table(table: dict[str, list[dict]], path: Path) -> None:
         measured = {place(row) for row in rows}
         known[shape] = [row for row in known.get(shape, ()) if place(row) not in measured] + rows
         form, _, rest = shape.partition(" ")
+        most = max(TOKENS["skinny"])
+        if form == "matmul" and 2 * most in {row.get("tokens") for row in rows}:  # it won against the others for so many tokens
+            for other in (f"skinny {rest}", f"stream {rest}"):
+                won = {place(row) for row in table.get(other, ())}
+                known[other] = [row for row in known.get(other, ()) if row["tokens"] != most or place(row) in won]
         if form == "skinny" and (stream := f"stream {rest}") in known:
             streamed = {place(row) for row in table.get(stream, ())}
             known[stream] = [row for row in known[stream] if place(row) in streamed or place(row) not in measured]

@@ -68,11 +68,14 @@ class TritonProgram:
 
     def product(self, tokens: int, columns: int) -> torch.Tensor:
         """Scratch for the vendor's matmul: [tokens, columns] in the model's dtype, until the next call."""
-        return self._take("product", tokens * columns, self.dtype).view(tokens, columns)
+        # One buffer for all kernels and steps, since a captured graph keeps its address.
+        tails = [s.facts for f in self.module.functions for s in f.sources if s.form == "epilogue"]
+        most = max((facts["leaves"] * facts["rows"] for facts in tails), default=columns)
+        whole = self._take("product", max(tokens, self.max_tokens) * max(most, columns), self.dtype)
+        return whole[: tokens * columns].view(tokens, columns)
 
     def stats(self, tokens: int, count: int) -> torch.Tensor:
-        """Scratch for row reductions that are made beforehand: float32 [count, tokens]. One buffer serves every step, since a
-        captured graph keeps its address."""
+        """Scratch for row reductions that are made beforehand: float32 [count, tokens], in one buffer as `product`."""
         whole = self._take("stats", max(tokens, self.max_tokens) * max(count, 4), torch.float32)
         return whole[: tokens * count]
 

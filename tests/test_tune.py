@@ -73,3 +73,12 @@ def test_a_table_keeps_what_was_not_measured(tmp_path):
     assert [r["tokens"] for r in table["skinny 8 8 1 2"]] == [16, 32, 64]  # those for 16 serve GPUs that stream nothing
     assert [r["tokens"] for r in table["stream 8 8 1 2"]] == [16]  # 64 are now faster another way
     assert [r["sequences"] for r in table["decode 1 1 8 8 2"]] == [1, 8]
+
+
+def test_many_tokens_won_by_the_next_form_are_left_to_it(tmp_path):
+    path = tmp_path / "gpu.json"
+    few = [{"tokens": 64, "block_n": 64}, {"tokens": 128, "block_n": 64}]
+    write_table({"skinny 8 8 1 2": few, "stream 8 8 1 2": few}, path)
+    write_table({"matmul 8 8 1 2": [{"tokens": 256, "block_n": 128}]}, path)
+    table = json.loads(path.read_text())
+    assert [r["tokens"] for r in table["skinny 8 8 1 2"]] == [r["tokens"] for r in table["stream 8 8 1 2"]] == [64]

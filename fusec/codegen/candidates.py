@@ -20,7 +20,8 @@ def tiles_for(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens: 
     and the most of them may want the next form.  streams: whether it can.  beside: row reductions that it has."""
     found = {"gemv": gemv, "skinny": skinny, "matmul": matmul}[form](rows, k, leaves, itemsize, tokens)
     if form == "skinny" and streams:
-        found = stream(rows, k, leaves, itemsize, tokens, beside) + found[::3]
+        # The first is what the others' results are held to.
+        found = found[:1] + stream(rows, k, leaves, itemsize, tokens, beside) + found[3::3]
     if form == "skinny" and tokens == max(TOKENS["skinny"]):
         found += [replace(tiles, tokens=2 * tokens) for tiles in matmul(rows, k, leaves, itemsize, tokens)]
     return found

@@ -150,8 +150,9 @@ class Contraction:
 
     @property
     def streams(self) -> bool:
-        """Whether x goes from memory to the tensor cores as it is, and every reduction beside it reads x alone."""
-        if self.x.op != "input" or self.x.dtype != "x" or self.before:
+        """Whether x goes from memory to the tensor cores as it is, and else only into reductions that read x alone."""
+        read = {v for o in self.body.outputs for v in cone(o, lambda v: v is self.anchor or v in self.beside)}
+        if self.x.op != "input" or self.x.dtype != "x" or self.before or self.x in read:
             return False
         made = [v for r in self.beside for v in cone(r.inputs[0], lambda v: v is self.x)]
         return all(OPS[v.op].kind == "elementwise" or v.op == "const" for v in made)

@@ -262,7 +262,12 @@ def preamble(text: str) -> str:
 def structure(kernel: Value) -> tuple:
     """What the source of a kernel depends on: equal for kernels of like layers."""
     a = kernel.attrs
-    return a["kind"], a["name"], a.get("heads"), a.get("inlined"), tuple(i.dtype for i in kernel.inputs), shape_of(a["body"])
+    heads = ()
+    if "heads" in a:  # the text of the row kernel that it makes the rows of is part of its own
+        own = [i for i in kernel.inputs[: a["heads"]] if i.op == "get" and i.inputs[0].attrs.get("inlined")]
+        heads = (a["heads"], shape_of(own[0].inputs[0].attrs["body"]), tuple(i.attrs["index"] for i in own))
+    types = tuple(i.dtype for i in kernel.inputs)
+    return a["kind"], a["name"], heads, a.get("inlined"), types, shape_of(a["body"])
 
 
 def shape_of(body: Graph) -> tuple:

@@ -1,0 +1,63 @@
+"""What may stream, what decode attention may make itself, and that kernels which differ in either are told apart."""
+
+import re
+from pathlib import Path
+
+from fusec.bench.shapes import MODELS
+from fusec.compiler import compile
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+QWEN = MODELS["qwen3-0.6b"] | {"num_hidden_layers": 2}
+LLAMA = MODELS["llama-3.2-1b"] | {"num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 1024}
+
+
+def kernels(source, config):
+    return compile(source, config).module
+
+
+def function(text, name):
+    """The source of one kernel."""
+    return re.search(rf"def {name}\(.*?(?=\n@|\Z)", text, re.DOTALL)[0]
+
+
+def test_layers_whose_heads_are_normed_differently_have_attention_of_their_own():
+    text = (EXAMPLES / "qwen3.fuse").read_text()
+    text = text.replace("block Attention(x:", "block Attention[e](x:")
+    text = text.replace("q_norm : RMSNorm[K, eps]", "q_norm : RMSNorm[K, e]")
+    text = text.replace("block Layer(x:", "block Layer[e](x:")
+    text = text.replace("self_attn                : Attention", "self_attn                : Attention[e]")
+    text = text.replace("model.layers[L]    : Layer", "model.layers[i < L] : Layer[eps if i % 2 == 0 else 0.5]")
+    module = kernels(text, QWEN)
+    names = [launch.function for launch in module.launches if launch.function.startswith("attention")]
+    assert len(set(names)) == 2
+    assert [" 0.5)" in function(module.kernels_py, f"{name}_decode_heads") for name in names] == [False, True]
+
+
+def test_like_layers_share_their_attention():
+    module = kernels(EXAMPLES / "qwen3.fuse", QWEN)
+    assert len({launch.function for launch in module.launches if launch.function.startswith("attention")}) == 1
+    assert module.program_py.count("return  # decode attention makes them itself") == 1
+
+
+def test_a_head_norm_may_have_the_name_of_a_head():
+    text = re.sub(r"\bq_norm\b", "g", (EXAMPLES / "qwen3.fuse").read_text())
+    heads = function(kernels(text, QWEN).kernels_py, "attention_decode_heads")
+    assert not re.search(r"^\s+g = ", heads, re.MULTILINE)
+
+
+def test_x_that_the_epilogue_reads_too_is_not_streamed():
+    text = (EXAMPLES / "llama.fuse").read_text()
+    start, end = text.index("block SwiGLU"), text.index("block Layer")
+    gated = ("block SwiGLU(x: [T, D]) -> [T, D]\n  gate_proj : Linear[D -> A]\n  down_proj : Linear[A -> D]\n\n"
+             "  u, w = split[D -> A + A](x)\n  down_proj(sigmoid(gate_proj(x)) * u)\n\n")
+    text = text[:start] + gated + text[end:]
+    text = text.replace("  D = hidden_size", "  A = 512\n  D = hidden_size", 1)
+    text = text.replace("mlp(post_attention_layernorm(h))", "mlp(h)")
+    text = re.sub(r"\n  post_attention_layernorm.*", "", text)
+    sources = {s.name for f in kernels(text, LLAMA).functions for s in f.sources}
+    assert "gate_proj_skinny" in sources and "gate_proj_stream" not in sources
+
+
+def test_a_field_called_tiles_hides_nothing():
+    text = re.sub(r"\bo_proj\b", "tiles", (EXAMPLES / "llama.fuse").read_text())
+    assert "def tiles(" not in kernels(text, LLAMA).program_py
