@@ -1,4 +1,4 @@
-"""The figures that fusec is held to, each beside its bar: one run, one GPU, about five minutes on an H200.
+"""The figures that fusec is held to, each beside its bar: one run, one GPU.
 
     python bench/bars.py [--only startup,decode,long,attention,prefill] [--json FILE]
 

@@ -280,12 +280,11 @@ class Tuner:
 
     def make_stats(self, function, source, tokens: int, values: dict) -> None:
         """Launches the kernel of the row reductions, as the program does before a stream that is GIVEN them."""
-        name = next(s.name for s in function.sources if s.form == "stats")
+        stats = next(s for s in function.sources if s.form == "stats")
         x = values[source.facts["described"][1].removesuffix("_ptr")]
-        block_k = min(1024, schedule.padded(source.facts["k"]))
-        kernel = getattr(self.program.program.kernels, name)
-        kernel[(-(-tokens // 4),)](x, self.program.stats(tokens, 1), tokens, BLOCK_M=4, BLOCK_K=block_k, PDL=True, num_warps=4,
-                                   launch_pdl=True)
+        kernel = getattr(self.program.program.kernels, stats.name)
+        kernel[(-(-tokens // 4),)](x, self.program.stats(tokens, 1), tokens, BLOCK_M=4, BLOCK_K=stats.facts["block_k"], PDL=True,
+                                   num_warps=4, launch_pdl=True)
 
     def alone(self, function, form, tokens, options, futures, deadline) -> list[tuple[float, Candidate]]:
         """(µs a launch, candidate), the fastest first: over all layers in turn."""

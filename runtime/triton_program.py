@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -69,10 +70,14 @@ class TritonProgram:
     def product(self, tokens: int, columns: int) -> torch.Tensor:
         """Scratch for the vendor's matmul: [tokens, columns] in the model's dtype, until the next call."""
         # One buffer for all kernels and steps, since a captured graph keeps its address.
-        tails = [s.facts for f in self.module.functions for s in f.sources if s.form == "epilogue"]
-        most = max((facts["leaves"] * facts["rows"] for facts in tails), default=columns)
-        whole = self._take("product", max(tokens, self.max_tokens) * max(most, columns), self.dtype)
+        whole = self._take("product", max(tokens, self.max_tokens) * self.widest_product, self.dtype)
         return whole[: tokens * columns].view(tokens, columns)
+
+    @functools.cached_property
+    def widest_product(self) -> int:
+        """Columns of the widest product that the vendor's matmul leaves to a kernel."""
+        tails = [s.facts for f in self.module.functions for s in f.sources if s.form == "epilogue"]
+        return max(facts["leaves"] * facts["rows"] for facts in tails)
 
     def stats(self, tokens: int, count: int) -> torch.Tensor:
         """Scratch for row reductions that are made beforehand: float32 [count, tokens], in one buffer as `product`."""

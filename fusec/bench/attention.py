@@ -22,7 +22,6 @@ from .shapes import config_of
 from .table import say
 
 COLD = 256 << 20
-MOST = 512  # sequences
 COLUMNS = {"kind": ("kind", ""), "batch": ("batch", "d"), "context": ("context", "d"), "lengths": ("lengths", ""),
            "us": ("µs", ".2f"), "torch_us": ("torch µs", ".2f"), "flashinfer_us": ("FlashInfer µs", ".2f"),
            "GBps": ("GB/s", ".0f"), "share": ("share", ".1%"), "TFLOPs": ("TFLOP/s", ".1f"),
@@ -62,7 +61,7 @@ def bench_attention(model: str, batches: list[int], contexts: list[int], tokens:
     chosen = need_gpu(device, "fusec bench attention")
     torch.cuda.set_device(chosen)
     kind = pick_dtype(dtype, chosen, config)
-    call, shape = attention_of(config, kind, chosen)
+    call, shape = attention_of(config, kind, chosen, max(batches))
     read, cases = read_bandwidth(chosen), []
     peer = FlashInfer.find(chosen)
     for batch, context, skewed in itertools.product(batches, contexts, (False, True)):
@@ -93,8 +92,9 @@ def lengths_of(batch: int, context: int, skewed: bool) -> list[int]:
     return [max(1, context // 16, context // (rank + 1)) for rank in range(batch)]
 
 
-def attention_of(config: dict, dtype: str, device):
-    """(launch function of the generated attention kernel, its heads) of a model of the config's shape, with one layer."""
+def attention_of(config: dict, dtype: str, device, most: int):
+    """(launch function of the generated attention kernel, its heads) of a model of the config's shape, with one layer.
+    most: sequences of a batch."""
     import torch
 
     from fusec.codegen.schedule import gpu_key
@@ -108,11 +108,11 @@ def attention_of(config: dict, dtype: str, device):
     program = load_source(module.kernels_py, module.program_py)
     program.PDL = dependent_launch(device)
     found = next(s.facts["attention"] for s in function.sources if "attention" in s.facts)
-    # What a norm over each head reads, if there is one: random numbers, for as many sequences as anyone measures.
+    # What a norm over each head reads, if there is one: random numbers.
     types, made = {"x": getattr(torch, dtype), "f32": torch.float32}, {}
     for name, number in function.sources[0].facts["inputs"].items():
         value = function.kernel.inputs[number]
-        made[name] = torch.randn(*(d.size or MOST for d in value.dims), device=device).to(types[value.dtype])
+        made[name] = torch.randn(*(d.size or most for d in value.dims), device=device).to(types[value.dtype])
     return functools.partial(getattr(program, function.name), **made), Shape(found.G, found.R, found.K, found.J)
 
 

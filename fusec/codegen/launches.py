@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..errors import UserError
 from ..ir.graph import Graph, S, Value
 from ..passes.analysis import statics
+from ..passes.inline_heads import made_in_decode
 from . import attention as attention_body
 from . import schedule
 from .contraction import Contraction
@@ -43,6 +44,10 @@ class Launches:
         vendor = schedule.vendor_from(*shape) if parts.x.op == "input" else None
         plan = [("gemv", (schedule.gemv(*shape),)), ("skinny", schedule.skinny(*shape)), ("matmul", schedule.matmul(*shape))]
         streams = schedule.stream(*shape) if parts.streams else ()
+        stats = None
+        if parts.beside and (vendor or any(t.given for t in streams)):  # the row reductions, by a kernel of their own
+            block_k = min(1024, schedule.padded(parts.k))
+            stats = contraction(kernel, "kernel_stats", "stats", comment, self.dtype, 1, block_k, parts)
         if streams:
             plan.insert(1, ("stream", streams))
         sources, lines, reached = [], [], 0
@@ -55,7 +60,7 @@ class Launches:
             for t in tiles:
                 if form == "stream":
                     lines.append(f"elif HOPPER and {t.least} <= {rows} <= {t.tokens}:")
-                    lines += indent(self.launch(source, parts, rows, t))
+                    lines += indent(self.launch(source, parts, rows, t, stats))
                     continue
                 limit = 1 if form == "gemv" else t.tokens or vendor
                 if limit and limit <= reached:
@@ -64,17 +69,18 @@ class Launches:
                 test = f"{rows} == 1" if form == "gemv" else f"{rows} <= {limit}"
                 lines.append(f"{'elif' if lines else 'if'} {test}:" if limit else "else:")
                 lines += indent(self.launch(source, parts, rows, t))
-        extra, text = self.vendor(kernel, parts, rows, comment) if vendor else ([], [])
-        sources += extra
-        lines += ["else:", *indent(text)] if vendor else []
-        if any(t.given for t in streams) and not any(s.form == "stats" for s in sources):
-            sources.append(self.stats(kernel, parts, comment))
+        sources += [stats] if stats else []
+        if vendor:
+            tail, text = self.vendor(kernel, parts, rows, comment, stats)
+            sources += tail
+            lines += ["else:", *indent(text)]
         params = merge(*(s.roles for s in sources))
         model = [("m", ("model",))] if vendor or streams and parts.beside else []
         return sources, lines, [*model, (rows, ("tokens", rows)), *params]
 
-    def launch(self, source: Source, parts: Contraction, rows: str, t) -> list[str]:
-        """One launch of a contraction kernel with tiles `t`."""
+    def launch(self, source: Source, parts: Contraction, rows: str, t, stats: Source | None = None) -> list[str]:
+        """One launch of a contraction kernel with tiles `t`.  stats: the kernel of its row reductions, for a stream that is given
+        them."""
         blocks = f"triton.cdiv({parts.n}, {t.block_n})"
         constants = {"BLOCK_N": t.block_n, "BLOCK_K": t.block_k, "STAGES": t.stages}
         if source.form == "gemv":
@@ -83,7 +89,7 @@ class Launches:
         if source.form == "stream":
             constants["GIVEN"] = t.given
             before = [f"stats = m.stats({rows}, {len(parts.beside)})"] if parts.beside else []
-            before += self.call_stats(parts, rows) if t.given else []
+            before += call_stats(stats, rows) if t.given else []
         constants = {"BLOCK_M": t.block_m} | constants
         grid = f"(triton.cdiv({rows}, {t.block_m}) * {blocks},)"
         if source.form == "matmul":
@@ -95,16 +101,7 @@ class Launches:
             self.arrivals = max(self.arrivals, tokens // t.block_m * -(-parts.n // t.block_n))
         return before + call(source, f"{grid[:-2]}, {t.splits})", rows, constants | {"SPLITS": t.splits}, t.num_warps)
 
-    def stats(self, kernel, parts: Contraction, comment) -> Source:
-        """The kernel of the row reductions beside a contraction."""
-        return contraction(kernel, "kernel_stats", "stats", comment, self.dtype, 1, stats_block(parts), parts)
-
-    def call_stats(self, parts: Contraction, rows: str) -> list[str]:
-        x = parts.x.attrs["name"]
-        constants = {"BLOCK_M": 4, "BLOCK_K": stats_block(parts)}
-        return launch_text("kernel_stats", [x, "stats", rows], f"(triton.cdiv({rows}, 4),)", constants, 4)
-
-    def vendor(self, kernel, parts: Contraction, rows: str, comment) -> tuple[list[Source], list[str]]:
+    def vendor(self, kernel, parts: Contraction, rows: str, comment, stats: Source | None) -> tuple[list[Source], list[str]]:
         """(kernels, lines): the vendor's matmul, and what surrounds it. A sum with one stored value is the matmul's own."""
         x = parts.x.attrs["name"]
         matrix = f"{parts.matrix.attrs['name']}.view({parts.leaves * parts.n}, {parts.k}).t()"
@@ -112,16 +109,13 @@ class Launches:
         if residual is not None:
             return [], [f"torch.addmm({residual}[:{rows}], {x}[:{rows}], {matrix}, out=out[:{rows}])"]
         lines = [f"product = m.product({rows}, {parts.leaves * parts.n})", f"torch.mm({x}[:{rows}], {matrix}, out=product)"]
-        sources = []
-        if parts.beside:
-            sources.append(self.stats(kernel, parts, comment))
-            lines.append(f"stats = m.stats({rows}, {len(parts.beside)})")
-            lines += call(sources[0], f"(triton.cdiv({rows}, 4),)", rows, {"BLOCK_M": 4, "BLOCK_K": stats_block(parts)}, 4)
+        if stats:
+            lines += [f"stats = m.stats({rows}, {len(parts.beside)})", *call_stats(stats, rows)]
         block_n = min(256, schedule.padded(parts.n))
         tail = contraction(kernel, "kernel_epilogue", "epilogue", comment, self.dtype, block_n, 1, parts)
         grid = f"(triton.cdiv({rows}, 8) * triton.cdiv({parts.n}, {block_n}),)"
         lines += call(tail, grid, rows, {"BLOCK_M": 8, "BLOCK_N": block_n}, 4)
-        return [*sources, tail], lines
+        return [tail], lines
 
     def rows(self, kernel):
         source = row_kernel(kernel, "kernel_rows", self.source_lines(kernel), self.dtype)
@@ -190,10 +184,11 @@ class Launches:
         """What a row kernel makes of the heads, as a function that decode attention calls: its text, what it takes, and what the
         launch gives for that; the launch's own parameters are added to `params`."""
         own = kernel.attrs["heads"]
-        rows = next(i.inputs[0] for i in kernel.inputs[:own] if i.op == "get" and i.inputs[0].attrs.get("inlined"))
+        made = made_in_decode(kernel.inputs[:own])
+        rows = made[0].inputs[0]
         text, roles = head_rows(rows, "kernel_decode_heads", self.source_lines(rows), self.dtype, a.G)
         known = {role: name for name, role in params}
-        results = {i.attrs["index"]: n for n, i in enumerate(kernel.inputs[:own]) if i.op == "get" and i.inputs[0] is rows}
+        results = {i.attrs["index"]: kernel.inputs.index(i) for i in made}
         pointers, arguments, kinds, inputs = [], [], [], {}
         for pointer, role in roles.items():
             if role[0] == "output":  # one of attention's own operands
@@ -244,17 +239,13 @@ def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: 
             bound = "" if pointer == described[0] else f"[:{tokens}]"
             name = f"tiles({name}{bound}, {source.facts['k']}, {block}, {constants['BLOCK_K']})"
         pointers.append(name)
-    return launch_text(source.name, [*pointers, *([tokens] if tokens else [])], grid, constants, warps)
-
-
-def launch_text(name: str, arguments: list[str], grid: str, constants: dict, warps: int) -> list[str]:
+    arguments = ", ".join([*pointers, *([tokens] if tokens else [])])
     sizes = ", ".join(f"{k}={v}" for k, v in constants.items())
-    options = f"PDL=PDL, num_warps={warps}, launch_pdl=PDL"
-    return [f"kernels.{name}[{grid}](", f"    {', '.join(arguments)},", f"    {sizes}, {options})"]
+    return [f"kernels.{source.name}[{grid}](", f"    {arguments},", f"    {sizes}, PDL=PDL, num_warps={warps}, launch_pdl=PDL)"]
 
 
-def stats_block(parts: Contraction) -> int:
-    return min(1024, schedule.padded(parts.k))
+def call_stats(stats: Source, rows: str) -> list[str]:
+    return call(stats, f"(triton.cdiv({rows}, 4),)", rows, {"BLOCK_M": 4, "BLOCK_K": stats.facts["block_k"]}, 4)
 
 
 LOCAL = ("product", "stats")  # scratch that a launch function takes from the model itself

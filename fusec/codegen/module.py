@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ..ir.graph import Graph, Value
 from ..passes.analysis import RUNTIME, cone
 from ..passes.extract import free, leaf_name, result_name, unique
+from ..passes.inline_heads import made_in_decode
 from . import schedule
 from .launches import COUNTS, Launches
 from .writer import Source, environment, fold, rename
@@ -218,7 +219,7 @@ class Builder:
             ),
         )
         head += "import torch\nimport triton\nfrom fusec.codegen.attention_schedule import decode_launch, prefill_launch\n"
-        described = any("described" in s.facts and s.form == "stream" for f in self.module.functions for s in f.sources)
+        described = any(s.facts.get("described") for f in self.module.functions for s in f.sources)
         head += "from fusec.runtime.tiles import tiles\n\n" if described else "\n"
         head += "import kernels\n\n"
         head += "PDL = True  # each launch starts while the one before it drains, and waits for its results where it needs them\n"
@@ -264,7 +265,7 @@ def structure(kernel: Value) -> tuple:
     a = kernel.attrs
     heads = ()
     if "heads" in a:  # the text of the row kernel that it makes the rows of is part of its own
-        own = [i for i in kernel.inputs[: a["heads"]] if i.op == "get" and i.inputs[0].attrs.get("inlined")]
+        own = made_in_decode(kernel.inputs[: a["heads"]])
         heads = (a["heads"], shape_of(own[0].inputs[0].attrs["body"]), tuple(i.attrs["index"] for i in own))
     types = tuple(i.dtype for i in kernel.inputs)
     return a["kind"], a["name"], heads, a.get("inlined"), types, shape_of(a["body"])

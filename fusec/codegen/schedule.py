@@ -122,7 +122,10 @@ def stream(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT
         splits = max(1, min(2 * MULTIPROCESSORS // tiles, steps // 4))
         while splits > 1 and (splits - 1) * -(-steps // splits) >= steps:  # every program has a share
             splits -= 1
-        stages = max(3, min(8, HALF // ((leaves * block_n + tokens) * block_k * itemsize)))
+        place = (leaves * block_n + tokens) * block_k * itemsize
+        stages = max(3, min(8, HALF // place))
+        if stages * place > 2 * HALF:  # very many leaves: no ring fits
+            continue
         table.append(Stream(tokens, block_n, block_k, splits, 4 if leaves * tokens < 64 else 8, stages))
     return tuple(table)
 

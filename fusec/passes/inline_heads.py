@@ -35,7 +35,7 @@ def inline_heads(graph: Graph) -> Graph:
             return replace(value, inputs=inputs, attrs=value.attrs | {"inlined": True})
         if value not in inlined:
             return None
-        rows = next(i.inputs[0] for i in inputs if i.op == "get" and i.inputs[0].attrs.get("inlined"))
+        rows = made_in_decode(inputs)[0].inputs[0]
         body = value.attrs["body"]
         taken = [i.attrs["name"] for i in body.inputs]
         more = []
@@ -49,6 +49,11 @@ def inline_heads(graph: Graph) -> Graph:
         return replace(value, inputs=(*inputs, *rows.inputs), attrs=value.attrs | {"body": wider, "heads": len(inputs)})
 
     return rewrite(graph, rule)
+
+
+def made_in_decode(operands) -> list[Value]:
+    """Those of an attention kernel's own operands that decode attention makes itself: results of one row kernel."""
+    return [i for i in operands if i.op == "get" and i.inputs[0].attrs.get("inlined")]
 
 
 def heads_of(attention: Value):
