@@ -33,7 +33,7 @@ from fusec.codegen.module import preamble
 from fusec.runtime.batch import Batch
 from fusec.runtime.tiles import tiles as in_tiles
 
-FEW = {"gemv": 12, "skinny": 6}  # of a kernel's candidates that are tried in the whole step
+FEW = {"gemv": 12, "skinny": 10}  # of a kernel's candidates that are tried in the whole step
 ALONE = 0.6  # of the budget for kernels alone; the rest is for whole steps
 LEAST = 0.2  # seconds that are left to each kernel still to be measured alone
 BETTER = 0.998  # of the step's time: what is no better than this is noise
@@ -68,6 +68,12 @@ def constants(form: str, tiles) -> dict:
     if form == "matmul":
         table["GROUP"] = tiles.group
     return table
+
+
+def launch_options(form: str, tiles, leaves: int) -> dict[str, int]:
+    """What Triton is told of a contraction kernel's launch besides its constants."""
+    limit = {"maxnreg": tiles.registers(leaves)} if form == "stream" else {}
+    return {"num_warps": tiles.num_warps, **limit}
 
 
 @functools.cache
@@ -201,7 +207,7 @@ class Tuner:
         blocks = blocks_of(source, sizes)
         kinds = {p: str(self.value(values, p).dtype).removeprefix("torch.") for p in source.roles}
         pointers = [(kind, source.facts["k"], blocks[p]) if p in blocks else kind for p, kind in kinds.items()]
-        options = {"num_warps": option.tiles.num_warps, "launch_pdl": True}
+        options = {**launch_options(option.form, option.tiles, source.facts["leaves"]), "launch_pdl": True}
         return option.path, option.name, [*pointers, *([33] if option.form != "gemv" else [])], sizes, options
 
     def warm_attention(self, sequences: int) -> list[tuple]:
@@ -272,7 +278,7 @@ class Tuner:
             arguments[at] = in_tiles(arguments[at][:bound], source.facts["k"], *block)
         arguments += [tokens] if option.form != "gemv" else []
         kernel = getattr(load_kernels(option.path), option.name)
-        kernel[grid](*arguments, **sizes, PDL=True, num_warps=t.num_warps, launch_pdl=True)
+        kernel[grid](*arguments, **sizes, PDL=True, **launch_options(option.form, t, source.facts["leaves"]), launch_pdl=True)
 
     def value(self, values: dict, pointer: str):
         """What a kernel's pointer is. The row reductions' buffer is the program's own."""

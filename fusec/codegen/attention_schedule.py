@@ -21,13 +21,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import schedule
-from .schedule import padded
+from .schedule import SHARED, padded
 
 # Bytes of shared memory up to which Triton leaves a multiprocessor's split between L1 and shared memory to the driver. Beyond,
 # it asks for the largest share, and a multiprocessor drains before it changes the split, so that two kernels on different sides
 # of this limit do not overlap (inferred, not isolated: docs/performance.md).
 LITTLE = 48 << 10
-SHARED = 227 << 10  # bytes of a multiprocessor's memory that its programs may share
+SLACK = 8 << 10  # bytes of a program beside its tiles of history: the query, scores, what Triton converts
+WHOLE = 228 << 10  # bytes of a multiprocessor's memory that can be shared memory
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Launch:
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+    shared: int | None = None  # percent of a multiprocessor's memory to be shared memory, the rest L1; None: left to the driver
 
     @property
     def options(self) -> dict[str, int | bool | None]:
@@ -86,7 +88,9 @@ def with_tile(constants: dict, tile: dict, batch: int, max_context: int, itemsiz
         most = batch * -(-max_context // block_n) // max(1, tile["chunk"] // block_n)
         parts = batch + max(-(-programs // G), min(-(-4 * programs // G), most))
     constants = constants | dict(BLOCK_N=block_n, PARTS=parts, CHUNK=tile["chunk"], BATCH=padded(batch), PROGRAMS=programs)
-    return Launch((G, parts), constants, tile["num_warps"], tile["num_stages"])
+    # Of one sequence, what its programs need; of more, what the kernels beside it have.
+    wanted = -(-G * parts // multiprocessors) * (shared + SLACK) if batch == 1 else WHOLE
+    return Launch((G, parts), constants, tile["num_warps"], tile["num_stages"], shared=min(100, -(-100 * wanted // WHOLE)))
 
 
 def decode_rule(batch: int, max_context: int, *, G: int, R: int, width: int, multiprocessors: int) -> dict[str, int]:
@@ -97,9 +101,9 @@ def decode_rule(batch: int, max_context: int, *, G: int, R: int, width: int, mul
     warps win: several programs a multiprocessor hide each other's latency.
     """
     pairs = batch * G
-    if batch == 1:  # long contexts: two programs a multiprocessor, as one keeps too few loads in flight
+    if batch == 1:  # long contexts: four programs a multiprocessor, as one keeps too few loads in flight
         several = 1 << (multiprocessors // pairs or 1).bit_length() - 1  # programs a pair that fill the GPU
-        block_n, num_warps, num_stages, parts = 16384 // width, 4, 2, several * (2 if max_context > 1024 else 1)
+        block_n, num_warps, num_stages, parts = 16384 // width, 4, 2, several * (4 if max_context > 1024 else 1)
     else:
         block_n, num_warps, num_stages, parts = 32, 2, 4, 0
     wide = (max(1, width // 256) if batch > 1 else 1) * max(1, padded(R) // 16)

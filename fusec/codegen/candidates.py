@@ -6,13 +6,12 @@ import itertools
 from dataclasses import replace
 
 from . import schedule
-from .attention_schedule import LITTLE, SHARED, Launch, with_tile
-from .schedule import MULTIPROCESSORS
+from .attention_schedule import LITTLE, SLACK, Launch, with_tile
+from .schedule import MULTIPROCESSORS, REGISTERS, SHARED
 
 FORMS = ("gemv", "skinny", "matmul")
 TOKENS = {"gemv": (1,), "skinny": (16, 32, 64, 128), "matmul": (4096,)}  # form -> numbers of tokens that have tiles of their own
-MOST = 40  # tiles of a shape and number of tokens
-REGISTERS = 65536
+MOST = 36  # tiles of a shape and number of tokens
 
 
 def tiles_for(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens: int, streams=False, beside: int = 0) -> list:
@@ -21,7 +20,7 @@ def tiles_for(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens: 
     found = {"gemv": gemv, "skinny": skinny, "matmul": matmul}[form](rows, k, leaves, itemsize, tokens)
     if form == "skinny" and streams:
         # The first is what the others' results are held to.
-        found = found[:1] + stream(rows, k, leaves, itemsize, tokens, beside) + found[3::3]
+        found = found[:1] + stream(rows, k, leaves, itemsize, tokens, beside) + found[6::6]
     if form == "skinny" and tokens == max(TOKENS["skinny"]):
         found += [replace(tiles, tokens=2 * tokens) for tiles in matmul(rows, k, leaves, itemsize, tokens)]
     return found
@@ -66,28 +65,30 @@ def skinny(rows, k, leaves, itemsize, tokens) -> list[schedule.Skinny]:
 
 
 def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
-    """Rings of which a multiprocessor holds one, two or four; no second wave unless there are many."""
+    """Rings of all of a multiprocessor's shared memory, or of a part, so that the next kernel finds room for its own; no second
+    wave unless there are many."""
     found = []
-    rooms = (SHARED, SHARED // 2, SHARED // 4)
-    for n, bk, warps, room in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (2, 4, 8), rooms):
+    parts = (SHARED, SHARED * 2 // 3, SHARED // 2, SHARED // 3)
+    for n, bk, warps, room in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (4, 8), parts):
         place, steps, tiles = (n * leaves + tokens) * bk * itemsize, k // bk, -(-rows // n)
         most = min((room - 4096) // place, 12)
-        registers = n * leaves * tokens // (32 * warps)
-        groups = n >= 64  # of four warps
-        if itemsize != 2 or k % bk or registers > 128 or tokens * min(warps, n // 16) // warps < 8 or most < 2:
+        groups = n >= 64  # four warps multiply together
+        if itemsize != 2 or k % bk or most < 2 or tokens * min(warps, n // 16) // warps < 8 or not groups and tokens > 32:
             continue
-        if warps == 2 and n > 16 or not groups and (warps == 8 or tokens > 32):
+        if warps == 8 and n * leaves * tokens < 4096:  # nothing to share out
             continue
-        slots = MULTIPROCESSORS * min(SHARED // room, 16 // warps)
-        for splits in {1, *(wave * MULTIPROCESSORS // tiles for wave in (1, 2, 4))} - {0}:
+        for splits in {1, *(wave * MULTIPROCESSORS // tiles for wave in (1, 2))} - {0}:
             share = -(-steps // splits)
             stages = min(most, share)
-            one_wave = tiles * splits <= slots or splits == 1 and tiles > MULTIPROCESSORS
-            if stages < 2 or (splits - 1) * share >= steps or not one_wave or tiles * splits < 40 and splits < steps // 4:
+            slots = MULTIPROCESSORS * max(1, SHARED // (stages * place + 4096))
+            idle = tiles * splits < 60 and splits < steps // 4
+            if stages < 2 or (splits - 1) * share >= steps or tiles * splits > slots and splits > 1 or idle:
                 continue
             for given in (False, True) if beside and tokens >= 64 else (False,):
                 tile = schedule.Stream(tokens, n, bk, splits, warps, stages, given)
-                found += [tile] if tile not in found else []
+                held = n * leaves * tokens // (32 * warps) + 56  # registers: accumulators, and what else there is
+                if held <= (tile.registers(leaves) * (warps + 4) - 4 * 40) // warps and tile not in found:
+                    found.append(tile)
     found.sort(key=lambda t: (-t.block_k * t.stages * t.splits, t.block_n, t.num_warps))
     return found[:: -(-len(found) // MOST)] if found else []
 
@@ -107,7 +108,7 @@ def decode_tiles(rule: Launch, sequences: int, context: int, itemsize: int) -> l
     for block_n, warps, stages in itertools.product((32, 64, 128, 256), (2, 4, 8), (2, 3, 4)):
         shared = 2 * block_n * row * (stages - 1)  # keys and values
         # One token's neighbours are kernels with next to no shared memory: see attention_schedule.
-        if shared > (LITTLE - 8192 if sequences == 1 else SHARED) or not 1024 <= block_n * row // warps <= 8192:
+        if shared > (LITTLE - SLACK if sequences == 1 else SHARED) or not 1024 <= block_n * row // warps <= 8192:
             continue
         alone = [(several, block_n) for several in (parts // 2, parts, 2 * parts) if several > 1]
         for several, chunk in alone if sequences == 1 else [(0, max(c, block_n)) for c in (256, 512, 1024)]:

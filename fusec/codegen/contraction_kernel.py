@@ -89,7 +89,10 @@ class ContractionWriter(Writer):
         if self.shape.gluon:
             weight, x = (names[p] for p in described)
             epilogue = [in_gluon(line) for line in epilogue]
+        ys = [f"y{i}" for i in range(parts.leaves)]
+        results = [*ys, *(r["partial"] for r in beside if "partial" in r)]
         context = {
+            "name": name,
             "signature": define(name, [*names.values(), *(["T"] if self.many else [])], self.shape.tiles),
             "comment": comment,
             "rows": parts.n,
@@ -105,7 +108,8 @@ class ContractionWriter(Writer):
             "beside": beside,
             "early": early,
             "epilogue": epilogue,
-            "ys": ", ".join(f"y{i}" for i in range(parts.leaves)),
+            "ys": ", ".join(ys),
+            "results": ", ".join(results) if len(results) > 1 else f"({results[0]},)",
             "precision": ', input_precision="ieee"' if self.dtype == "float32" else "",
         }
         text = environment().get_template(f"{form}.py.jinja").render(k=context)

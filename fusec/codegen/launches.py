@@ -96,10 +96,13 @@ class Launches:
             return call(source, grid, rows, constants | {"GROUP": t.group}, t.num_warps)
         if t.splits > 1:
             tokens = -(-t.tokens // t.block_m) * t.block_m
-            sums = max(1, len(parts.beside)) * tokens * -(-parts.n // t.block_n)
-            self.partial = max(self.partial, t.splits * (parts.leaves * parts.n * tokens + sums))
-            self.arrivals = max(self.arrivals, tokens // t.block_m * -(-parts.n // t.block_n))
-        return before + call(source, f"{grid[:-2]}, {t.splits})", rows, constants | {"SPLITS": t.splits}, t.num_warps)
+            blocks = -(-parts.n // t.block_n)
+            sums = max(1, len(parts.beside)) * tokens * blocks
+            self.partial = max(self.partial, t.splits * (parts.leaves * blocks * t.block_n * tokens + sums))
+            self.arrivals = max(self.arrivals, tokens // t.block_m * blocks)
+        registers = t.registers(parts.leaves) if source.form == "stream" else None
+        constants["SPLITS"] = t.splits
+        return before + call(source, f"{grid[:-2]}, {t.splits})", rows, constants, t.num_warps, registers)
 
     def vendor(self, kernel, parts: Contraction, rows: str, comment, stats: Source | None) -> tuple[list[Source], list[str]]:
         """(kernels, lines): the vendor's matmul, and what surrounds it. A sum with one stored value is the matmul's own."""
@@ -174,10 +177,11 @@ class Launches:
             lines += ["else:"] if form == "prefill" else []
             lines += [
                 f"    launch = {form}_launch(sequences, {size}, {sizes}{tables[form]})",
-                f"    kernels.kernel_{form}[launch.grid](",
+                f"    {'kernel = ' if form == 'decode' else ''}kernels.kernel_{form}[launch.grid](",
                 f"        q, k_cache, v_cache, {buffers[form]}, {stride}, b.block_tables.stride(0),",
                 "        **launch.constants, **launch.options)",
             ]
+            lines += ["    share_memory(kernel, launch.shared)"] if form == "decode" else []
         return sources, lines, params
 
     def heads(self, kernel, a, params) -> dict:
@@ -229,8 +233,8 @@ def unsupported(value: Value, found: str) -> UserError:
     )
 
 
-def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: int) -> list[str]:
-    """A launch. What a Gluon kernel takes tile by tile is described to the bulk copy engine."""
+def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: int, registers: int | None = None) -> list[str]:
+    """A launch. What a Gluon kernel takes tile by tile is described to the bulk copy engine.  registers: a thread's, at most."""
     pointers, described = [], source.facts.get("described", ())
     for pointer in source.roles:
         name = pointer.removesuffix("_ptr")
@@ -241,7 +245,10 @@ def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: 
         pointers.append(name)
     arguments = ", ".join([*pointers, *([tokens] if tokens else [])])
     sizes = ", ".join(f"{k}={v}" for k, v in constants.items())
-    return [f"kernels.{source.name}[{grid}](", f"    {arguments},", f"    {sizes}, PDL=PDL, num_warps={warps}, launch_pdl=PDL)"]
+    limit = f", maxnreg={registers}" if registers else ""
+    gap = "\n    " if registers else " "  # a longer line than most
+    lines = f"{arguments},\n    {sizes},{gap}PDL=PDL, num_warps={warps}{limit}, launch_pdl=PDL)"
+    return [f"kernels.{source.name}[{grid}](", *f"    {lines}".split("\n")]
 
 
 def call_stats(stats: Source, rows: str) -> list[str]:

@@ -133,8 +133,9 @@ class Builder:
             function = Function(label, [p for p, _ in params], [], [], kernel)
             for source in sources:
                 final = f"{label}_{source.form}" if len(sources) > 1 else label
-                for old, new in ((f"{source.name}_heads", f"{final}_heads"), (source.name, final)):
-                    source.text = rename(source.text, old, new).replace(f" {old}(", f" {new}(")
+                for helper in re.findall(rf"def ({source.name}_\w+)\(", source.text):
+                    source.text = rename(source.text, helper, final + helper.removeprefix(source.name))
+                source.text = re.sub(rf"\b{source.name}(?=_\w+\b[(,])", final, rename(source.text, source.name, final))
                 function.launch = [
                     line.replace(f"kernels.{source.name}[", f"kernels.{final}[") for line in (function.launch or launch)
                 ]
@@ -220,6 +221,7 @@ class Builder:
         )
         head += "import torch\nimport triton\nfrom fusec.codegen.attention_schedule import decode_launch, prefill_launch\n"
         described = any(s.facts.get("described") for f in self.module.functions for s in f.sources)
+        head += "from fusec.runtime.carveout import share_memory\n"
         head += "from fusec.runtime.tiles import tiles\n\n" if described else "\n"
         head += "import kernels\n\n"
         head += "PDL = True  # each launch starts while the one before it drains, and waits for its results where it needs them\n"

@@ -41,8 +41,8 @@ class Skinny:
 @dataclass(frozen=True)
 class Stream:
     """A few tokens on a Hopper GPU, up to `tokens`, which is the tile's width too: rows and columns of a tile of weights,
-    programs that share a tile's K, places in the ring. given: whether row reductions are made beforehand, by a kernel of their
-    own."""
+    programs that share a tile's K, warps that multiply, places in the ring. given: whether row reductions are made beforehand, by
+    a kernel of their own."""
 
     tokens: int
     block_n: int
@@ -60,6 +60,15 @@ class Stream:
     def least(self) -> int:
         """The fewest tokens it is for: fewer have a narrower tile."""
         return 2 if self.tokens == 16 else self.tokens // 2 + 1
+
+    def registers(self, leaves: int) -> int:
+        """Registers a thread, no more than it needs, so that a neighbouring kernel finds room beside this one, and few enough for
+        as many programs as there is shared memory for. Four warps are there for the copies; they leave most of theirs to the
+        others."""
+        accumulators = leaves * self.block_n * self.block_m // (32 * self.num_warps)
+        ring = self.stages * (leaves * self.block_n + self.block_m) * self.block_k * 2
+        rooms = max(1, min(4, SHARED // (ring + 2048)))
+        return min(accumulators + max(72, self.block_m), REGISTERS // (32 * (self.num_warps + 4) * rooms)) // 8 * 8
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,8 @@ def vendor_from(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DE
 
 
 VENDOR_FROM = 256
+SHARED = 227 << 10  # bytes of a multiprocessor's memory that its programs may share
+REGISTERS = 65536  # of a multiprocessor
 HALF = 110 << 10  # bytes of shared memory of which a multiprocessor has room for two
 MULTIPROCESSORS = 132
 

@@ -60,6 +60,9 @@ class Case:
     def sizes(self):
         return tune.constants(self.form, self.tiles)
 
+    def options(self):
+        return tune.launch_options(self.form, self.tiles, self.leaves)
+
     def job(self):
         kinds = {"weight": self.dtype, "input": self.dtype, "output": self.dtype}
         scratch = {"partial": "float32", "arrivals": "int32", "stats": "float32"}
@@ -68,7 +71,7 @@ class Case:
             kind = str(kinds.get(role[0], scratch.get(role[-1]))).removeprefix("torch.")
             pointers.append((kind, self.k, blocks[pointer]) if pointer in blocks else kind)
         arguments = [*pointers, *([33] if self.form != "gemv" else [])]
-        options = {"num_warps": self.tiles.num_warps, "launch_pdl": True}
+        options = {**self.options(), "launch_pdl": True}
         return str(self.path), self.name, arguments, self.sizes() | {"PDL": True}, options
 
     def run(self, x, w, **options):
@@ -77,7 +80,7 @@ class Case:
         height = -(-t // getattr(self.tiles, "block_m", 1))
         padded, splits = height * getattr(self.tiles, "block_m", 1), getattr(self.tiles, "splits", 1)
         out = torch.full((t, n), float("nan"), dtype=self.dtype, device=device)
-        partial = torch.full((splits * padded * (self.leaves * n + blocks),), float("nan"), device=device)
+        partial = torch.full((splits * padded * blocks * (self.leaves * self.tiles.block_n + 1),), float("nan"), device=device)
         arrivals = torch.zeros(height * blocks, dtype=torch.int32, device=device)
         stats = x.float().pow(2).mean(-1)
         values = {"weight": w, "input": x, "output": out, "partial": partial, "arrivals": arrivals, "stats": stats}
@@ -89,7 +92,7 @@ class Case:
         arguments += [t] if self.form != "gemv" else []
         launch = getattr(tune.load_kernels(str(self.path)), self.name)[grid]
         for _ in range(2):  # the second launch finds the counters as the first left them
-            launch(*arguments, **self.sizes(), num_warps=self.tiles.num_warps, **options)
+            launch(*arguments, **self.sizes(), **self.options(), **options)
         assert not arrivals.any(), f"{self} leaves its counters behind"
         return out
 

@@ -7,6 +7,7 @@ T tokens are packed into a step, N of their rows are wanted as logits. `m` holds
 import torch
 import triton
 from fusec.codegen.attention_schedule import decode_launch, prefill_launch
+from fusec.runtime.carveout import share_memory
 from fusec.runtime.tiles import tiles
 
 import kernels
@@ -59,10 +60,11 @@ def attention(m, b, q, k_cache, v_cache, out):
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=4, R=2, K=256, J=256, page=m.block_size, itemsize=2,
                 pdl=PDL, gpu="untuned")
-        kernels.attention_decode[launch.grid](
+        kernel = kernels.attention_decode[launch.grid](
             q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences, 2048,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
+        share_memory(kernel, launch.shared)
     else:
         launch = prefill_launch(sequences, b.max_query, G=4, R=2, K=256, J=256, page=m.block_size, itemsize=2, pdl=PDL)
         kernels.attention_prefill[launch.grid](
@@ -78,15 +80,18 @@ def o_proj(m, T, o_proj, attended, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(2304, 64), 4)](
             tiles(o_proj, 2048, 64, 128), tiles(attended[:T], 2048, 16, 128), out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(2304, 64), 4)](
             tiles(o_proj, 2048, 64, 128), tiles(attended[:T], 2048, 32, 128), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(2304, 64), 4)](
             tiles(o_proj, 2048, 64, 128), tiles(attended[:T], 2048, 64, 128), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(2304, 32), 2)](
             o_proj, attended, out, partial, arrivals, T,
@@ -125,15 +130,18 @@ def gate_up_proj(m, T, gate_up_proj, x, rsqrt, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(9216, 64), 1)](
             tiles(gate_up_proj, 2304, 64, 128), tiles(x[:T], 2304, 16, 128), rsqrt, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(9216, 64), 1)](
             tiles(gate_up_proj, 2304, 64, 64), tiles(x[:T], 2304, 32, 64), rsqrt, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(9216, 64), 1)](
             tiles(gate_up_proj, 2304, 64, 64), tiles(x[:T], 2304, 64, 64), rsqrt, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(9216, 16), 1)](
             gate_up_proj, x, rsqrt, out, partial, arrivals, T,
@@ -166,15 +174,18 @@ def down_proj(m, T, down_proj, x, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(2304, 64), 7)](
             tiles(down_proj, 9216, 64, 128), tiles(x[:T], 9216, 16, 128), out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=7, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=7,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.down_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(2304, 64), 7)](
             tiles(down_proj, 9216, 64, 128), tiles(x[:T], 9216, 32, 128), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=7, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=7,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.down_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(2304, 64), 7)](
             tiles(down_proj, 9216, 64, 128), tiles(x[:T], 9216, 64, 128), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=7, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=7,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(2304, 32), 2)](
             down_proj, x, out, partial, arrivals, T,
@@ -214,17 +225,20 @@ def q_k_v_proj_2(m, T, q_k_v_proj, x, rsqrt, cos, sin, out, k_cache, slots, v_ca
         kernels.q_k_v_proj_2_stream[(triton.cdiv(T, 16) * triton.cdiv(2048, 64), 4)](
             tiles(q_k_v_proj, 2304, 64, 128), tiles(x[:T], 2304, 16, 128), rsqrt, cos, sin, out, k_cache, slots,
             v_cache, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.q_k_v_proj_2_stream[(triton.cdiv(T, 32) * triton.cdiv(2048, 64), 8)](
             tiles(q_k_v_proj, 2304, 64, 64), tiles(x[:T], 2304, 32, 64), rsqrt, cos, sin, out, k_cache, slots, v_cache,
             partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=8,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.q_k_v_proj_2_stream[(triton.cdiv(T, 64) * triton.cdiv(2048, 64), 8)](
             tiles(q_k_v_proj, 2304, 64, 64), tiles(x[:T], 2304, 64, 64), rsqrt, cos, sin, out, k_cache, slots, v_cache,
             partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=8, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=8,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_2_skinny[(triton.cdiv(T, 16) * triton.cdiv(2048, 16), 2)](
             q_k_v_proj, x, rsqrt, cos, sin, out, k_cache, slots, v_cache, partial, arrivals, T,
@@ -254,10 +268,11 @@ def attention_2(m, b, q, k_cache, v_cache, out):
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=4, R=2, K=256, J=256, page=m.block_size, itemsize=2,
                 pdl=PDL, gpu="untuned")
-        kernels.attention_2_decode[launch.grid](
+        kernel = kernels.attention_2_decode[launch.grid](
             q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences, 2048,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
+        share_memory(kernel, launch.shared)
     else:
         launch = prefill_launch(sequences, b.max_query, G=4, R=2, K=256, J=256, page=m.block_size, itemsize=2, pdl=PDL)
         kernels.attention_2_prefill[launch.grid](

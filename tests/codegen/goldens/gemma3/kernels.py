@@ -691,6 +691,61 @@ def o_proj_gemv(o_proj_ptr, attended_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_
     tl.store(out_ptr + n, y0)
 
 
+@gluon.jit
+def o_proj_stream_copies(o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+                         BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+                         PDL: gl.constexpr):
+    # One warp: every place of the ring is filled as soon as it may be.
+    ROWS: gl.constexpr = 1152
+    LEAVES: gl.constexpr = 1
+    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
+        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        for leaf in gl.static_range(LEAVES):
+            async_load(o_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    if PDL:
+        gdc_wait()
+    for stage in gl.static_range(STAGES):
+        async_load(attended_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
+                pred=stage < steps)
+    for step in range(STAGES, steps):
+        place = step % STAGES
+        mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
+        mbarrier.expect(ready.index(place), BYTES)
+        for leaf in gl.static_range(LEAVES):
+            async_load(o_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
+                       w_ring.index(place * LEAVES + leaf))
+        async_load(attended_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+
+
+@gluon.jit
+def o_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
+                           BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    # The other warps: the products of all steps.
+    GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
+    y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    if GROUPS:
+        y0 = warpgroup_mma_init(y0)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        x_tile = x_ring.index(place)
+        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
+        else:
+            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+        if GROUPS:  # the products of the step before are surely done
+            y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
+        else:
+            mbarrier.arrive(done.index(place))
+    if GROUPS:
+        y0 = warpgroup_mma_wait(0, deps=(y0,))
+    return (y0,)
+
+
 @gluon.jit(do_not_specialize=["T"])
 def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
@@ -701,13 +756,10 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
     STEPS: gl.constexpr = 1024 // BLOCK_K
     SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
-    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
     WARPS: gl.constexpr = gl.num_warps()
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
-    GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
-    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if GROUPS else [16, 8]
-    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if GROUPS else 2, 0], [TALL, WARPS // TALL], SHAPE)
-    LAG: gl.constexpr = 1 if GROUPS else 0  # steps until the products of a step are surely done
+    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -719,60 +771,37 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
     w_ring = gl.allocate_shared_memory(o_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K], o_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(attended_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], attended_tiles.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
-    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
-        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
-        for leaf in gl.static_range(LEAVES):
-            async_load(o_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
-                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    (y0,) = gl.warp_specialize([
+        (o_proj_stream_products, (
+            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+        (o_proj_stream_copies, (
+            o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
+    ], [1], [40])
     if PDL:
-        gdc_wait()
-    for stage in gl.static_range(STAGES):
-        async_load(attended_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
-
-    y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-    if GROUPS:
-        y0 = warpgroup_mma_init(y0)
-    for step in range(steps):
-        place = step % STAGES
-        mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
-        if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile.permute((1, 0)), y0, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:
-            y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-        # The place whose products are done takes the step that comes a round later.
-        free = (step + STAGES - LAG) % STAGES
-        ahead = step - LAG + STAGES
-        more = (step >= LAG) & (ahead < steps)
-        mbarrier.expect(ready.index(free), BYTES, pred=more)
-        for leaf in gl.static_range(LEAVES):
-            async_load(o_proj_tiles, [leaf * ROWS + n_0, (first + ahead) * BLOCK_K], ready.index(free),
-                       w_ring.index(free * LEAVES + leaf), pred=more)
-        async_load(attended_tiles, [t_0, (first + ahead) * BLOCK_K], ready.index(free), x_ring.index(free), pred=more)
-    if GROUPS:
-        y0 = warpgroup_mma_wait(0, deps=(y0,))
+        gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     t = t_0 + m
     t_mask = t < T
-    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    n = n_0 + row
     if SPLITS > 1:
-        tokens = gl.cdiv(T, BLOCK_M) * BLOCK_M
-        cell = t * ROWS + n
-        gl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        tiles = gl.num_programs(0)
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
+        gl.store(cell + split * whole, y0)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
         for part in gl.static_range(SPLITS):
-            y0 += gl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
     gl.store(out_ptr + t.to(gl.int64) * 1152 + n, y0, mask=t_mask)
 
@@ -932,39 +961,14 @@ def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, rsqrt_ptr, out_ptr, BLOCK_N: tl.c
     tl.store(out_ptr + n, v_2 * (y1 * rsqrt))
 
 
-@gluon.jit(do_not_specialize=["T"])
-def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial_ptr, arrivals_ptr, T,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                        STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
-    # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
-    # gemma3.fuse:48   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
+@gluon.jit
+def gate_up_proj_stream_copies(gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+                               BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+                               STAGES: gl.constexpr, PDL: gl.constexpr):
+    # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 6912
     LEAVES: gl.constexpr = 2
-    BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
-    STEPS: gl.constexpr = 1152 // BLOCK_K
-    SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
-    WARPS: gl.constexpr = gl.num_warps()
-    TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
-    GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
-    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if GROUPS else [16, 8]
-    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if GROUPS else 2, 0], [TALL, WARPS // TALL], SHAPE)
-    LAG: gl.constexpr = 1 if GROUPS else 0  # steps until the products of a step are surely done
-    if PDL:
-        gdc_launch_dependents()
-    tile = gl.program_id(0)
-    split = gl.program_id(1)
-    n_0 = tile % BLOCKS_N * BLOCK_N
-    t_0 = tile // BLOCKS_N * BLOCK_M
-    first = split * SHARE
-    steps = gl.minimum(SHARE, STEPS - first)
-    w_ring = gl.allocate_shared_memory(gate_up_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
-            gate_up_proj_tiles.layout)
-    x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-    fence_async_shared()
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
         for leaf in gl.static_range(LEAVES):
@@ -975,7 +979,22 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial
     for stage in gl.static_range(STAGES):
         async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
                 pred=stage < steps)
+    for step in range(STAGES, steps):
+        place = step % STAGES
+        mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
+        mbarrier.expect(ready.index(place), BYTES)
+        for leaf in gl.static_range(LEAVES):
+            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
+                       w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
 
+
+@gluon.jit
+def gate_up_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
+                                 BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    # The other warps: the products of all steps.
+    GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
+    LEAVES: gl.constexpr = 2
     y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
     y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
     if GROUPS:
@@ -992,40 +1011,80 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
             y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
-        if GROUPS:
+        if GROUPS:  # the products of the step before are surely done
             y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
-        # The place whose products are done takes the step that comes a round later.
-        free = (step + STAGES - LAG) % STAGES
-        ahead = step - LAG + STAGES
-        more = (step >= LAG) & (ahead < steps)
-        mbarrier.expect(ready.index(free), BYTES, pred=more)
-        for leaf in gl.static_range(LEAVES):
-            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, (first + ahead) * BLOCK_K], ready.index(free),
-                       w_ring.index(free * LEAVES + leaf), pred=more)
-        async_load(x_tiles, [t_0, (first + ahead) * BLOCK_K], ready.index(free), x_ring.index(free), pred=more)
+            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
+        else:
+            mbarrier.arrive(done.index(place))
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
         y1 = warpgroup_mma_wait(0, deps=(y1,))
+    return y0, y1
+
+
+@gluon.jit(do_not_specialize=["T"])
+def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial_ptr, arrivals_ptr, T,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                        STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
+    # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
+    # gemma3.fuse:48   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
+    ROWS: gl.constexpr = 6912
+    LEAVES: gl.constexpr = 2
+    BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    STEPS: gl.constexpr = 1152 // BLOCK_K
+    SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    WARPS: gl.constexpr = gl.num_warps()
+    TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
+    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    if PDL:
+        gdc_launch_dependents()
+    tile = gl.program_id(0)
+    split = gl.program_id(1)
+    n_0 = tile % BLOCKS_N * BLOCK_N
+    t_0 = tile // BLOCKS_N * BLOCK_M
+    first = split * SHARE
+    steps = gl.minimum(SHARE, STEPS - first)
+    w_ring = gl.allocate_shared_memory(gate_up_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
+            gate_up_proj_tiles.layout)
+    x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(done.index(stage), count=1)
+    fence_async_shared()
+    y0, y1 = gl.warp_specialize([
+        (gate_up_proj_stream_products, (
+            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+        (gate_up_proj_stream_copies, (
+            gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
+    ], [1], [40])
+    if PDL:
+        gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     t = t_0 + m
     t_mask = t < T
-    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    n = n_0 + row
     if SPLITS > 1:
-        tokens = gl.cdiv(T, BLOCK_M) * BLOCK_M
-        cell = t * ROWS + n
-        gl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
-        gl.store(partial_ptr + (split * LEAVES + 1) * ROWS * tokens + cell, y1)
+        tiles = gl.num_programs(0)
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
+        gl.store(cell + split * LEAVES * whole, y0)
+        gl.store(cell + (split * LEAVES + 1) * whole, y1)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
         y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
         for part in gl.static_range(SPLITS):
-            y0 += gl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
-            y1 += gl.load(partial_ptr + (part * LEAVES + 1) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
+            y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
     rsqrt = gl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(gl.float32)
     v = y0 * rsqrt
@@ -1175,6 +1234,61 @@ def down_proj_gemv(down_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K
     tl.store(out_ptr + n, y0)
 
 
+@gluon.jit
+def down_proj_stream_copies(down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+                            BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+                            PDL: gl.constexpr):
+    # One warp: every place of the ring is filled as soon as it may be.
+    ROWS: gl.constexpr = 1152
+    LEAVES: gl.constexpr = 1
+    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
+        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        for leaf in gl.static_range(LEAVES):
+            async_load(down_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    if PDL:
+        gdc_wait()
+    for stage in gl.static_range(STAGES):
+        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
+                pred=stage < steps)
+    for step in range(STAGES, steps):
+        place = step % STAGES
+        mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
+        mbarrier.expect(ready.index(place), BYTES)
+        for leaf in gl.static_range(LEAVES):
+            async_load(down_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
+                       w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+
+
+@gluon.jit
+def down_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
+                              BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    # The other warps: the products of all steps.
+    GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
+    y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    if GROUPS:
+        y0 = warpgroup_mma_init(y0)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        x_tile = x_ring.index(place)
+        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
+        else:
+            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+        if GROUPS:  # the products of the step before are surely done
+            y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
+        else:
+            mbarrier.arrive(done.index(place))
+    if GROUPS:
+        y0 = warpgroup_mma_wait(0, deps=(y0,))
+    return (y0,)
+
+
 @gluon.jit(do_not_specialize=["T"])
 def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
@@ -1185,13 +1299,10 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
     STEPS: gl.constexpr = 6912 // BLOCK_K
     SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
-    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
     WARPS: gl.constexpr = gl.num_warps()
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
-    GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
-    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if GROUPS else [16, 8]
-    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if GROUPS else 2, 0], [TALL, WARPS // TALL], SHAPE)
-    LAG: gl.constexpr = 1 if GROUPS else 0  # steps until the products of a step are surely done
+    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -1204,60 +1315,37 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
             down_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
-    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
-        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
-        for leaf in gl.static_range(LEAVES):
-            async_load(down_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
-                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    (y0,) = gl.warp_specialize([
+        (down_proj_stream_products, (
+            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+        (down_proj_stream_copies, (
+            down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
+    ], [1], [40])
     if PDL:
-        gdc_wait()
-    for stage in gl.static_range(STAGES):
-        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
-
-    y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-    if GROUPS:
-        y0 = warpgroup_mma_init(y0)
-    for step in range(steps):
-        place = step % STAGES
-        mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
-        if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile.permute((1, 0)), y0, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:
-            y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-        # The place whose products are done takes the step that comes a round later.
-        free = (step + STAGES - LAG) % STAGES
-        ahead = step - LAG + STAGES
-        more = (step >= LAG) & (ahead < steps)
-        mbarrier.expect(ready.index(free), BYTES, pred=more)
-        for leaf in gl.static_range(LEAVES):
-            async_load(down_proj_tiles, [leaf * ROWS + n_0, (first + ahead) * BLOCK_K], ready.index(free),
-                       w_ring.index(free * LEAVES + leaf), pred=more)
-        async_load(x_tiles, [t_0, (first + ahead) * BLOCK_K], ready.index(free), x_ring.index(free), pred=more)
-    if GROUPS:
-        y0 = warpgroup_mma_wait(0, deps=(y0,))
+        gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     t = t_0 + m
     t_mask = t < T
-    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    n = n_0 + row
     if SPLITS > 1:
-        tokens = gl.cdiv(T, BLOCK_M) * BLOCK_M
-        cell = t * ROWS + n
-        gl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        tiles = gl.num_programs(0)
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
+        gl.store(cell + split * whole, y0)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
         for part in gl.static_range(SPLITS):
-            y0 += gl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
     gl.store(out_ptr + t.to(gl.int64) * 1152 + n, y0, mask=t_mask)
 
@@ -1418,6 +1506,61 @@ def q_k_v_proj_2_gemv(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, out0_ptr, out1_ptr, v_ca
     tl.store(v_cache_ptr + slot * 256 + i_2, y0 * rsqrt, mask=inside_3 & (slot >= 0))
 
 
+@gluon.jit
+def q_k_v_proj_2_stream_copies(q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+                               BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+                               STAGES: gl.constexpr, PDL: gl.constexpr):
+    # One warp: every place of the ring is filled as soon as it may be.
+    ROWS: gl.constexpr = 1536
+    LEAVES: gl.constexpr = 1
+    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
+        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        for leaf in gl.static_range(LEAVES):
+            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    if PDL:
+        gdc_wait()
+    for stage in gl.static_range(STAGES):
+        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
+                pred=stage < steps)
+    for step in range(STAGES, steps):
+        place = step % STAGES
+        mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
+        mbarrier.expect(ready.index(place), BYTES)
+        for leaf in gl.static_range(LEAVES):
+            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
+                       w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+
+
+@gluon.jit
+def q_k_v_proj_2_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
+                                 BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    # The other warps: the products of all steps.
+    GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
+    y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    if GROUPS:
+        y0 = warpgroup_mma_init(y0)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        x_tile = x_ring.index(place)
+        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
+        else:
+            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+        if GROUPS:  # the products of the step before are surely done
+            y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
+        else:
+            mbarrier.arrive(done.index(place))
+    if GROUPS:
+        y0 = warpgroup_mma_wait(0, deps=(y0,))
+    return (y0,)
+
+
 @gluon.jit(do_not_specialize=["T"])
 def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, out0_ptr, out1_ptr, v_cache_ptr, slots_ptr, partial_ptr,
                         arrivals_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -1432,13 +1575,10 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, out0_ptr, out1_ptr
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
     STEPS: gl.constexpr = 1152 // BLOCK_K
     SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
-    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
     WARPS: gl.constexpr = gl.num_warps()
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
-    GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
-    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if GROUPS else [16, 8]
-    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if GROUPS else 2, 0], [TALL, WARPS // TALL], SHAPE)
-    LAG: gl.constexpr = 1 if GROUPS else 0  # steps until the products of a step are surely done
+    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -1451,60 +1591,37 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, out0_ptr, out1_ptr
             q_k_v_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
-    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
-        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
-        for leaf in gl.static_range(LEAVES):
-            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
-                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    (y0,) = gl.warp_specialize([
+        (q_k_v_proj_2_stream_products, (
+            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+        (q_k_v_proj_2_stream_copies, (
+            q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
+    ], [1], [40])
     if PDL:
-        gdc_wait()
-    for stage in gl.static_range(STAGES):
-        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
-
-    y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-    if GROUPS:
-        y0 = warpgroup_mma_init(y0)
-    for step in range(steps):
-        place = step % STAGES
-        mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
-        if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile.permute((1, 0)), y0, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:
-            y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-        # The place whose products are done takes the step that comes a round later.
-        free = (step + STAGES - LAG) % STAGES
-        ahead = step - LAG + STAGES
-        more = (step >= LAG) & (ahead < steps)
-        mbarrier.expect(ready.index(free), BYTES, pred=more)
-        for leaf in gl.static_range(LEAVES):
-            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, (first + ahead) * BLOCK_K], ready.index(free),
-                       w_ring.index(free * LEAVES + leaf), pred=more)
-        async_load(x_tiles, [t_0, (first + ahead) * BLOCK_K], ready.index(free), x_ring.index(free), pred=more)
-    if GROUPS:
-        y0 = warpgroup_mma_wait(0, deps=(y0,))
+        gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     t = t_0 + m
     t_mask = t < T
-    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    n = n_0 + row
     if SPLITS > 1:
-        tokens = gl.cdiv(T, BLOCK_M) * BLOCK_M
-        cell = t * ROWS + n
-        gl.store(partial_ptr + (split * LEAVES) * ROWS * tokens + cell, y0)
+        tiles = gl.num_programs(0)
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
+        gl.store(cell + split * whole, y0)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
         for part in gl.static_range(SPLITS):
-            y0 += gl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, cache_modifier=".cg")
+            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
     rsqrt = gl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(gl.float32)
     if gl.min(n) < 1024:

@@ -7,6 +7,7 @@ T tokens are packed into a step, N of their rows are wanted as logits. `m` holds
 import torch
 import triton
 from fusec.codegen.attention_schedule import decode_launch, prefill_launch
+from fusec.runtime.carveout import share_memory
 from fusec.runtime.tiles import tiles
 
 import kernels
@@ -53,10 +54,11 @@ def attention(m, b, q, k_cache, v_cache, out):
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=12, R=1, K=64, J=64, page=m.block_size, itemsize=2, pdl=PDL,
                 gpu="untuned")
-        kernels.attention_decode[launch.grid](
+        kernel = kernels.attention_decode[launch.grid](
             q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences, 768,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
+        share_memory(kernel, launch.shared)
     else:
         launch = prefill_launch(sequences, b.max_query, G=12, R=1, K=64, J=64, page=m.block_size, itemsize=2, pdl=PDL)
         kernels.attention_prefill[launch.grid](
@@ -72,15 +74,18 @@ def c_proj(m, T, c_proj, attended, x, c_proj_bias, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.c_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(768, 64), 1)](
             tiles(c_proj, 768, 64, 128), tiles(attended[:T], 768, 16, 128), x, c_proj_bias, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.c_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(768, 64), 1)](
             tiles(c_proj, 768, 64, 128), tiles(attended[:T], 768, 32, 128), x, c_proj_bias, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.c_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(768, 64), 1)](
             tiles(c_proj, 768, 64, 128), tiles(attended[:T], 768, 64, 128), x, c_proj_bias, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.c_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(768, 32), 1)](
             c_proj, attended, x, c_proj_bias, out, partial, arrivals, T,
@@ -136,15 +141,18 @@ def c_proj_2(m, T, c_proj, x, x_2, c_proj_bias, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.c_proj_2_stream[(triton.cdiv(T, 16) * triton.cdiv(768, 64), 6)](
             tiles(c_proj, 3072, 64, 128), tiles(x[:T], 3072, 16, 128), x_2, c_proj_bias, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=6, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=6,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.c_proj_2_stream[(triton.cdiv(T, 32) * triton.cdiv(768, 64), 6)](
             tiles(c_proj, 3072, 64, 128), tiles(x[:T], 3072, 32, 128), x_2, c_proj_bias, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=6, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=6,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.c_proj_2_stream[(triton.cdiv(T, 64) * triton.cdiv(768, 64), 6)](
             tiles(c_proj, 3072, 64, 128), tiles(x[:T], 3072, 64, 128), x_2, c_proj_bias, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=6, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=6,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.c_proj_2_skinny[(triton.cdiv(T, 16) * triton.cdiv(768, 32), 4)](
             c_proj, x, x_2, c_proj_bias, out, partial, arrivals, T,

@@ -7,6 +7,7 @@ T tokens are packed into a step, N of their rows are wanted as logits. `m` holds
 import torch
 import triton
 from fusec.codegen.attention_schedule import decode_launch, prefill_launch
+from fusec.runtime.carveout import share_memory
 from fusec.runtime.tiles import tiles
 
 import kernels
@@ -30,17 +31,20 @@ def q_k_v_proj(m, T, q_k_v_proj, x, out0, out1, v_cache, slots, partial, arrival
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(12288, 64), 1)](
             tiles(q_k_v_proj, 4096, 64, 128), tiles(x[:T], 4096, 16, 128), out0, out1, v_cache, slots, partial,
             arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(12288, 64), 1)](
             tiles(q_k_v_proj, 4096, 64, 128), tiles(x[:T], 4096, 32, 128), out0, out1, v_cache, slots, partial,
             arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(12288, 64), 1)](
             tiles(q_k_v_proj, 4096, 64, 128), tiles(x[:T], 4096, 64, 128), out0, out1, v_cache, slots, partial,
             arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(12288, 32), 1)](
             q_k_v_proj, x, out0, out1, v_cache, slots, partial, arrivals, T,
@@ -76,10 +80,11 @@ def attention(m, b, q, k_cache, v_cache, out):
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=32, R=1, K=128, J=128, page=m.block_size, itemsize=2,
                 pdl=PDL, gpu="untuned")
-        kernels.attention_decode[launch.grid](
+        kernel = kernels.attention_decode[launch.grid](
             q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences, 4096,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
+        share_memory(kernel, launch.shared)
     else:
         launch = prefill_launch(sequences, b.max_query, G=32, R=1, K=128, J=128, page=m.block_size, itemsize=2, pdl=PDL)
         kernels.attention_prefill[launch.grid](
@@ -95,19 +100,23 @@ def o_proj(m, T, o_proj, attended, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 1)](
             tiles(o_proj, 4096, 64, 256), tiles(attended[:T], 4096, 16, 256), out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, STAGES=5, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, STAGES=5, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 2)](
             tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 32, 128), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=9, GIVEN=False, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=9, GIVEN=False, SPLITS=2,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 2)](
             tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 64, 128), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=6, GIVEN=False, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=6, GIVEN=False, SPLITS=2,
+            PDL=PDL, num_warps=4, maxnreg=104, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
         kernels.o_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(4096, 64), 2)](
             tiles(o_proj, 4096, 64, 64), tiles(attended[:T], 4096, 128, 64), out, partial, arrivals, T,
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=9, GIVEN=False, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=9, GIVEN=False, SPLITS=2,
+            PDL=PDL, num_warps=4, maxnreg=192, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, out, partial, arrivals, T,
@@ -150,15 +159,18 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(11008, 64), 1)](
             tiles(gate_up_proj, 4096, 64, 128), tiles(x[:T], 4096, 16, 128), out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(11008, 64), 1)](
             tiles(gate_up_proj, 4096, 64, 64), tiles(x[:T], 4096, 32, 64), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(11008, 64), 1)](
             tiles(gate_up_proj, 4096, 64, 64), tiles(x[:T], 4096, 64, 64), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(11008, 16), 1)](
             gate_up_proj, x, out, partial, arrivals, T,
@@ -191,15 +203,18 @@ def down_proj(m, T, down_proj, x, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 4)](
             tiles(down_proj, 11008, 64, 128), tiles(x[:T], 11008, 16, 128), out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.down_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 4)](
             tiles(down_proj, 11008, 64, 128), tiles(x[:T], 11008, 32, 128), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.down_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 4)](
             tiles(down_proj, 11008, 64, 128), tiles(x[:T], 11008, 64, 128), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 32), 2)](
             down_proj, x, out, partial, arrivals, T,

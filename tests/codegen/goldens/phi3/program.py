@@ -7,6 +7,7 @@ T tokens are packed into a step, N of their rows are wanted as logits. `m` holds
 import torch
 import triton
 from fusec.codegen.attention_schedule import decode_launch, prefill_launch
+from fusec.runtime.carveout import share_memory
 from fusec.runtime.tiles import tiles
 
 import kernels
@@ -31,19 +32,22 @@ def qkv_proj(m, T, qkv_proj, x, cos, sin, out, k_cache, slots, v_cache, partial,
         kernels.qkv_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4608, 64), 3)](
             tiles(qkv_proj, 3072, 64, 128), tiles(x[:T], 3072, 16, 128), cos, sin, out, k_cache, slots, v_cache,
             partial, arrivals, stats, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=3, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=3,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         stats = m.stats(T, 1)
         kernels.qkv_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4608, 64), 3)](
             tiles(qkv_proj, 3072, 64, 64), tiles(x[:T], 3072, 32, 64), cos, sin, out, k_cache, slots, v_cache, partial,
             arrivals, stats, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=3, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=3,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         stats = m.stats(T, 1)
         kernels.qkv_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4608, 64), 3)](
             tiles(qkv_proj, 3072, 64, 64), tiles(x[:T], 3072, 64, 64), cos, sin, out, k_cache, slots, v_cache, partial,
             arrivals, stats, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=3, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=3,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.qkv_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4608, 16), 1)](
             qkv_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals, T,
@@ -77,10 +81,11 @@ def attention(m, b, q, k_cache, v_cache, out):
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=32, R=1, K=96, J=96, page=m.block_size, itemsize=2, pdl=PDL,
                 gpu="untuned")
-        kernels.attention_decode[launch.grid](
+        kernel = kernels.attention_decode[launch.grid](
             q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences, 3072,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
+        share_memory(kernel, launch.shared)
     else:
         launch = prefill_launch(sequences, b.max_query, G=32, R=1, K=96, J=96, page=m.block_size, itemsize=2, pdl=PDL)
         kernels.attention_prefill[launch.grid](
@@ -96,15 +101,18 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3072, 64), 5)](
             tiles(o_proj, 3072, 64, 128), tiles(attended[:T], 3072, 16, 128), x, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=5, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=5,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3072, 64), 5)](
             tiles(o_proj, 3072, 64, 128), tiles(attended[:T], 3072, 32, 128), x, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=5, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=5,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3072, 64), 5)](
             tiles(o_proj, 3072, 64, 128), tiles(attended[:T], 3072, 64, 128), x, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=5, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=5,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3072, 32), 2)](
             o_proj, attended, x, out, partial, arrivals, T,
@@ -134,17 +142,20 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
         stats = m.stats(T, 1)
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(8192, 64), 2)](
             tiles(gate_up_proj, 3072, 64, 128), tiles(x[:T], 3072, 16, 128), out, partial, arrivals, stats, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=2, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=2,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         stats = m.stats(T, 1)
         kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(8192, 64), 2)](
             tiles(gate_up_proj, 3072, 64, 64), tiles(x[:T], 3072, 32, 64), out, partial, arrivals, stats, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=2, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=2,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         stats = m.stats(T, 1)
         kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(8192, 64), 2)](
             tiles(gate_up_proj, 3072, 64, 64), tiles(x[:T], 3072, 64, 64), out, partial, arrivals, stats, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=2, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=2,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(8192, 16), 1)](
             gate_up_proj, x, out, partial, arrivals, T,
@@ -181,15 +192,18 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3072, 64), 5)](
             tiles(down_proj, 8192, 64, 128), tiles(x[:T], 8192, 16, 128), x_2, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=5, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=5,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.down_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3072, 64), 5)](
             tiles(down_proj, 8192, 64, 128), tiles(x[:T], 8192, 32, 128), x_2, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=5, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=5,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.down_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3072, 64), 5)](
             tiles(down_proj, 8192, 64, 128), tiles(x[:T], 8192, 64, 128), x_2, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=5, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=5,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3072, 32), 2)](
             down_proj, x, x_2, out, partial, arrivals, T,

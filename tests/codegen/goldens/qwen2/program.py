@@ -7,6 +7,7 @@ T tokens are packed into a step, N of their rows are wanted as logits. `m` holds
 import torch
 import triton
 from fusec.codegen.attention_schedule import decode_launch, prefill_launch
+from fusec.runtime.carveout import share_memory
 from fusec.runtime.tiles import tiles
 
 import kernels
@@ -33,19 +34,22 @@ def q_k_v_proj(m, T, q_k_v_proj, x, q_proj_bias, cos, q_proj_bias_2, sin, out, k
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(2304, 64), 7)](
             tiles(q_k_v_proj, 3584, 64, 128), tiles(x[:T], 3584, 16, 128), q_proj_bias, cos, q_proj_bias_2, sin, out,
             k_proj_bias, k_proj_bias_2, k_cache, slots, v_proj_bias, v_cache, partial, arrivals, stats, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=7, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=7,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         stats = m.stats(T, 1)
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(2304, 64), 7)](
             tiles(q_k_v_proj, 3584, 64, 64), tiles(x[:T], 3584, 32, 64), q_proj_bias, cos, q_proj_bias_2, sin, out,
             k_proj_bias, k_proj_bias_2, k_cache, slots, v_proj_bias, v_cache, partial, arrivals, stats, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=7, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=7,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         stats = m.stats(T, 1)
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(2304, 64), 7)](
             tiles(q_k_v_proj, 3584, 64, 64), tiles(x[:T], 3584, 64, 64), q_proj_bias, cos, q_proj_bias_2, sin, out,
             k_proj_bias, k_proj_bias_2, k_cache, slots, v_proj_bias, v_cache, partial, arrivals, stats, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=7, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=7,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(2304, 16), 1)](
             q_k_v_proj, x, q_proj_bias, cos, q_proj_bias_2, sin, out, k_proj_bias, k_proj_bias_2, k_cache, slots,
@@ -84,10 +88,11 @@ def attention(m, b, q, k_cache, v_cache, out):
     if b.max_query == 1:
         launch = decode_launch(sequences, b.max_context, G=4, R=7, K=128, J=128, page=m.block_size, itemsize=2,
                 pdl=PDL, gpu="untuned")
-        kernels.attention_decode[launch.grid](
+        kernel = kernels.attention_decode[launch.grid](
             q, k_cache, v_cache, b.block_tables, b.context_lens, out, *m.scratch(launch, sequences), sequences, 3584,
             b.block_tables.stride(0),
             **launch.constants, **launch.options)
+        share_memory(kernel, launch.shared)
     else:
         launch = prefill_launch(sequences, b.max_query, G=4, R=7, K=128, J=128, page=m.block_size, itemsize=2, pdl=PDL)
         kernels.attention_prefill[launch.grid](
@@ -103,15 +108,18 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3584, 64), 4)](
             tiles(o_proj, 3584, 64, 128), tiles(attended[:T], 3584, 16, 128), x, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3584, 64), 4)](
             tiles(o_proj, 3584, 64, 128), tiles(attended[:T], 3584, 32, 128), x, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3584, 64), 4)](
             tiles(o_proj, 3584, 64, 128), tiles(attended[:T], 3584, 64, 128), x, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3584, 32), 2)](
             o_proj, attended, x, out, partial, arrivals, T,
@@ -141,17 +149,20 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
         stats = m.stats(T, 1)
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(18944, 64), 1)](
             tiles(gate_up_proj, 3584, 64, 128), tiles(x[:T], 3584, 16, 128), out, partial, arrivals, stats, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         stats = m.stats(T, 1)
         kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(18944, 64), 1)](
             tiles(gate_up_proj, 3584, 64, 64), tiles(x[:T], 3584, 32, 64), out, partial, arrivals, stats, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         stats = m.stats(T, 1)
         kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(18944, 64), 1)](
             tiles(gate_up_proj, 3584, 64, 64), tiles(x[:T], 3584, 64, 64), out, partial, arrivals, stats, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(18944, 16), 1)](
             gate_up_proj, x, out, partial, arrivals, T,
@@ -188,15 +199,18 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3584, 64), 4)](
             tiles(down_proj, 18944, 64, 128), tiles(x[:T], 18944, 16, 128), x_2, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.down_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3584, 64), 4)](
             tiles(down_proj, 18944, 64, 128), tiles(x[:T], 18944, 32, 128), x_2, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.down_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3584, 64), 4)](
             tiles(down_proj, 18944, 64, 128), tiles(x[:T], 18944, 64, 128), x_2, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4,
+            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3584, 32), 2)](
             down_proj, x, x_2, out, partial, arrivals, T,

@@ -1,0 +1,34 @@
+"""How a multiprocessor splits its memory between L1 and shared memory, kernel by kernel.
+
+A multiprocessor must drain before it changes the split, so that a kernel which wants another one than its neighbours cannot
+overlap them (CUDA C++ Programming Guide, "Shared memory", compute capability 9.0).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # CUfunction_attribute of cuda.h
+
+
+def share_memory(kernel, percent: int | None) -> None:
+    """Asks for `percent` of a multiprocessor's memory as shared memory whenever `kernel` runs. A wish: the driver takes the next
+    larger split that it knows, and never less than a program needs.
+
+    kernel: what Triton's launch gave back; None, where nothing was launched.  percent: None leaves it to the driver.
+    """
+    if kernel is not None and percent is not None:
+        ask(kernel.function, percent)
+
+
+@functools.cache
+def ask(function: int, percent: int) -> None:
+    """Once a kernel: function is its CUfunction."""
+    error = driver().cuFuncSetAttribute(ctypes.c_void_p(function), PREFERRED_SHARED_MEMORY_CARVEOUT, ctypes.c_int(percent))
+    assert error == 0, f"CUDA error {error} from cuFuncSetAttribute"
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
