@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from fusec.bench.limits import microseconds
+from fusec.bench.decode import decode_bytes
+from fusec.bench.limits import microseconds, read_bandwidth
 from fusec.codegen import schedule
 from fusec.codegen.attention_schedule import decode_launch, decode_row
 from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, form_of, tiles_for
@@ -131,7 +132,7 @@ class Tuner:
         on_result(what, form, tokens, microseconds, tiles) is called for each of its rows, and with "the whole step" for steps.
         """
         tell = on_result or (lambda *result: None)
-        start = time.monotonic()
+        start, read = time.monotonic(), read_bandwidth(self.program.device)
         self.program.allocate_cache(128 * PAGES, PAGE)
         for cache in self.program.caches.values():
             cache.normal_()
@@ -155,7 +156,8 @@ class Tuner:
                 now = time.monotonic()
                 deadline = now + (start + budget - now) / left
                 choice, launch, ms = self.together(few, attention[form, tokens], self.measured(tokens), deadline)
-                tell("the whole step", form, tokens, ms * 1e3, "")
+                bandwidth = decode_bytes(self.program.compiled, self.measured(tokens), CONTEXT + 1) / ms / 1e6
+                tell("the whole step", form, tokens, ms * 1e3, f"{bandwidth / read:.1%} of {read:.0f} GB/s")
                 if launch:
                     key, row = decode_row(launch, self.measured(tokens), BUCKET, self.program.dtype.itemsize)
                     table.setdefault(key, []).append(row)
@@ -271,11 +273,14 @@ class Tuner:
         else:
             grid = (-(-tokens // t.block_m) * blocks, getattr(t, "splits", 1))
         if getattr(t, "given", False):
-            self.make_stats(function, source, tokens, values)
+            self.make_stats(function, tokens, values)
         arguments = [self.value(values, p) for p in source.roles]
         for pointer, block in blocks_of(source, sizes).items():
             at, bound = list(source.roles).index(pointer), None if pointer == source.facts["described"][0] else tokens
-            arguments[at] = in_tiles(arguments[at][:bound], source.facts["k"], *block)
+            x = arguments[at][:bound]
+            if bound and source.facts["picked"]:
+                x = self.program.picked(arguments[at], values[source.facts["picked"]])
+            arguments[at] = in_tiles(x, source.facts["k"], *block)
         arguments += [tokens] if option.form != "gemv" else []
         kernel = getattr(load_kernels(option.path), option.name)
         kernel[grid](*arguments, **sizes, PDL=True, **launch_options(option.form, t, source.facts["leaves"]), launch_pdl=True)
@@ -284,13 +289,13 @@ class Tuner:
         """What a kernel's pointer is. The row reductions' buffer is the program's own."""
         return self.program.stats(1, 1) if pointer == "stats_ptr" else values[pointer.removesuffix("_ptr")]
 
-    def make_stats(self, function, source, tokens: int, values: dict) -> None:
+    def make_stats(self, function, tokens: int, values: dict) -> None:
         """Launches the kernel of the row reductions, as the program does before a stream that is GIVEN them."""
         stats = next(s for s in function.sources if s.form == "stats")
-        x = values[source.facts["described"][1].removesuffix("_ptr")]
+        arguments = [self.program.stats(tokens, 1) if p == "stats_ptr" else self.value(values, p) for p in stats.roles]
         kernel = getattr(self.program.program.kernels, stats.name)
-        kernel[(-(-tokens // 4),)](x, self.program.stats(tokens, 1), tokens, BLOCK_M=4, BLOCK_K=stats.facts["block_k"], PDL=True,
-                                   num_warps=4, launch_pdl=True)
+        kernel[(-(-tokens // 4),)](*arguments, tokens, BLOCK_M=4, BLOCK_K=stats.facts["block_k"], PDL=True, num_warps=4,
+                                   launch_pdl=True)
 
     def alone(self, function, form, tokens, options, futures, deadline) -> list[tuple[float, Candidate]]:
         """(µs a launch, candidate), the fastest first: over all layers in turn."""

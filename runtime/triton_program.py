@@ -20,6 +20,9 @@ from fusec.runtime.program import cache_bytes, cache_sizes
 from fusec.runtime.weights import Loader, prepare
 
 
+MOST_STREAMED = 128  # rows of a stream, so that one buffer serves all captured graphs
+
+
 class TritonProgram:
     """See Program. Generated code finds here what it names: `weights`, `caches`, buffers as attributes, `block_size`,
     `scratch`."""
@@ -83,6 +86,12 @@ class TritonProgram:
         """Scratch for row reductions that are made beforehand: float32 [count, tokens], in one buffer as `product`."""
         whole = self._take("stats", max(tokens, self.max_tokens) * max(count, 4), torch.float32)
         return whole[: tokens * count]
+
+    def picked(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Those rows of x one after another, for the bulk copy engine, until the next call.  x: [T, K].  rows: int32 [N]."""
+        count, columns = len(rows), x.shape[1]
+        whole = self._take("picked", max(count, MOST_STREAMED) * columns, x.dtype)
+        return torch.index_select(x, 0, rows, out=whole[: count * columns].view(count, columns))
 
     def _take(self, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
         kept = self._growing.get(name)

@@ -66,18 +66,19 @@ def skinny(rows, k, leaves, itemsize, tokens) -> list[schedule.Skinny]:
 
 def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
     """Rings of all of a multiprocessor's shared memory, or of a part, so that the next kernel finds room for its own; no second
-    wave unless there are many."""
+    wave unless K is not split."""
     found = []
-    parts = (SHARED, SHARED * 2 // 3, SHARED // 2, SHARED // 3)
-    for n, bk, warps, room in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (4, 8), parts):
+    heights = (16, 32, 64) if tokens <= 32 else (64, 128)
+    widths = (64, 128, 256) if tokens <= 32 else (64, 128)
+    parts = (SHARED, SHARED * 2 // 3, SHARED // 2)
+    for n, bk, warps, room in itertools.product(heights, widths, (4, 8), parts):
         place, steps, tiles = (n * leaves + tokens) * bk * itemsize, k // bk, -(-rows // n)
         most = min((room - 4096) // place, 12)
-        groups = n >= 64  # four warps multiply together
-        if itemsize != 2 or k % bk or most < 2 or tokens * min(warps, n // 16) // warps < 8 or not groups and tokens > 32:
+        if itemsize != 2 or k % bk or most < 2 or tokens * min(warps, n // 16) // warps < 8:
             continue
         if warps == 8 and n * leaves * tokens < 4096:  # nothing to share out
             continue
-        for splits in {1, *(wave * MULTIPROCESSORS // tiles for wave in (1, 2))} - {0}:
+        for splits in sorted({1, 2, MULTIPROCESSORS // tiles, 2 * MULTIPROCESSORS // tiles} - {0}):
             share = -(-steps // splits)
             stages = min(most, share)
             slots = MULTIPROCESSORS * max(1, SHARED // (stages * place + 4096))
@@ -89,8 +90,8 @@ def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
                 held = n * leaves * tokens // (32 * warps) + 56  # registers: accumulators, and what else there is
                 if held <= (tile.registers(leaves) * (warps + 4) - 4 * 40) // warps and tile not in found:
                     found.append(tile)
-    found.sort(key=lambda t: (-t.block_k * t.stages * t.splits, t.block_n, t.num_warps))
-    return found[:: -(-len(found) // MOST)] if found else []
+    found.sort(key=lambda t: (-t.stages * t.block_k * (leaves * t.block_n + tokens), t.block_n != 64, t.splits))
+    return found[:MOST]
 
 
 def matmul(rows, k, leaves, itemsize, tokens) -> list[schedule.Matmul]:

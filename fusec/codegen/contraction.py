@@ -149,10 +149,20 @@ class Contraction:
         return others[0].attrs["name"] if outputs[0].dims == self.anchor.dims else None
 
     @property
+    def stored(self) -> tuple[Value, Value | None] | None:
+        """(input, rows): the input that x is; or that whose rows x is, and the input that says which. None: x is computed."""
+        if self.x.op == "input":
+            return self.x, None
+        if self.x.op == "gather" and all(i.op == "input" for i in self.x.inputs) and self.x.attrs["dim"] in RUNTIME:
+            table, rows = self.x.inputs
+            return (table, rows) if table.names == (self.x.attrs["dim"], *axis(self.x)) else None
+        return None
+
+    @property
     def streams(self) -> bool:
         """Whether x goes from memory to the tensor cores as it is, and else only into reductions that read x alone."""
         read = {v for o in self.body.outputs for v in cone(o, lambda v: v is self.anchor or v in self.beside)}
-        if self.x.op != "input" or self.x.dtype != "x" or self.before or self.x in read:
+        if not self.stored or self.x.dtype != "x" or self.before or self.x in read:
             return False
         made = [v for r in self.beside for v in cone(r.inputs[0], lambda v: v is self.x)]
         return all(OPS[v.op].kind == "elementwise" or v.op == "const" for v in made)

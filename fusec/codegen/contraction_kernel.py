@@ -125,6 +125,7 @@ class ContractionWriter(Writer):
             "block_n": self.block_n,
             "block_k": self.block_k,
             "described": described,
+            "picked": parts.stored[1].attrs["name"] if described and parts.stored[1] else None,
         }
         return Source(name, form, text, self.params.roles, facts)
 
@@ -139,7 +140,7 @@ class ContractionWriter(Writer):
         """(x, x as the matrix instruction takes it): the moving operand at a tile of K; its lines are appended."""
         parts = self.parts
         if self.shape.gluon:
-            self.params.pointer(parts.x.attrs["name"], self.x_role)
+            self.params.pointer(parts.stored[0].attrs["name"], self.x_role)
             self.known = {parts.x: "x_seen"}
             return "x_seen", "x_seen"
         emitter = self.emitter(coords, self.given, lines, ', eviction_policy="evict_last"' if self.many and parts.beside else "")
@@ -159,7 +160,7 @@ class ContractionWriter(Writer):
 
     @property
     def x_role(self) -> tuple:
-        return "input", self.body.inputs.index(self.parts.x)
+        return "input", self.body.inputs.index(self.parts.stored[0])
 
     def reductions_before(self) -> list[dict]:
         """Reductions that x itself needs: one walk over K each; a later one may read an earlier one's result."""

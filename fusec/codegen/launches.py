@@ -75,7 +75,7 @@ class Launches:
             sources += tail
             lines += ["else:", *indent(text)]
         params = merge(*(s.roles for s in sources))
-        model = [("m", ("model",))] if vendor or streams and parts.beside else []
+        model = [("m", ("model",))] if vendor or streams and (parts.beside or parts.stored[1]) else []
         return sources, lines, [*model, (rows, ("tokens", rows)), *params]
 
     def launch(self, source: Source, parts: Contraction, rows: str, t, stats: Source | None = None) -> list[str]:
@@ -240,8 +240,10 @@ def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: 
         name = pointer.removesuffix("_ptr")
         if pointer in described:
             block = constants["BLOCK_N"] if pointer == described[0] else constants["BLOCK_M"]
-            bound = "" if pointer == described[0] else f"[:{tokens}]"
-            name = f"tiles({name}{bound}, {source.facts['k']}, {block}, {constants['BLOCK_K']})"
+            if pointer != described[0]:
+                picked = source.facts["picked"]
+                name = f"m.picked({name}, {picked})" if picked else f"{name}[:{tokens}]"
+            name = f"tiles({name}, {source.facts['k']}, {block}, {constants['BLOCK_K']})"
         pointers.append(name)
     arguments = ", ".join([*pointers, *([tokens] if tokens else [])])
     sizes = ", ".join(f"{k}={v}" for k, v in constants.items())
