@@ -286,7 +286,8 @@ class ContractionWriter(Writer):
 
 
 def in_gluon(line: str) -> str:
-    """A line of Triton in Gluon, which has the same functions under its own name."""
+    """A line of Triton in Gluon, which has the same functions under its own name; a tile's rows lie between two numbers."""
+    line = line.replace("tl.max(n)", "n_0 + BLOCK_N - 1").replace("tl.min(n)", "n_0")
     return line.replace("tl.sigmoid(", "sigmoid(").replace("tl.", "gl.")
 
 

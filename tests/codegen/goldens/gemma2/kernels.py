@@ -715,11 +715,10 @@ def o_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, 
         else:
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
     return (y0,)
@@ -766,10 +765,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -782,6 +778,14 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     gl.store(out_ptr + t.to(gl.int64) * 2304 + n, y0, mask=t_mask)
 
 
@@ -989,13 +993,12 @@ def gate_up_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.const
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
             y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
         y1 = warpgroup_mma_wait(0, deps=(y1,))
@@ -1045,10 +1048,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1064,6 +1064,15 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial
             y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
             y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    y1 = gl.convert_layout(y1, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     rsqrt = gl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(gl.float32)
     v = y0 * rsqrt
     v_2 = (v * 0.5) * (1 + (2 * sigmoid(2 * (0.7978845608028654 * (v + (0.044715 * ((v * v) * v))))) - 1))
@@ -1255,11 +1264,10 @@ def down_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexp
         else:
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
     return (y0,)
@@ -1307,10 +1315,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1323,6 +1328,14 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     gl.store(out_ptr + t.to(gl.int64) * 2304 + n, y0, mask=t_mask)
 
 
@@ -1553,13 +1566,12 @@ def q_k_v_proj_2_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.const
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
             y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
         y1 = warpgroup_mma_wait(0, deps=(y1,))
@@ -1613,10 +1625,7 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, cos_ptr, sin_ptr, 
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1632,8 +1641,17 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, cos_ptr, sin_ptr, 
             y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
             y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    y1 = gl.convert_layout(y1, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     rsqrt = gl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(gl.float32)
-    if gl.min(n) < 1024:
+    if n_0 < 1024:
         inside = n < 1024
         i_k_2 = n % 128
         i_r = n // 128 % 2
@@ -1646,7 +1664,7 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, cos_ptr, sin_ptr, 
                 mask=inside & t_mask)
         gl.store(out_ptr + t.to(gl.int64) * 2048 + i_g * 512 + i_r * 256 + i_k_2 + 128, (v_2 * cos) + (v * sin),
                 mask=inside & t_mask)
-    if (gl.max(n) >= 1024) & (gl.min(n) < 1536):
+    if (n_0 + BLOCK_N - 1 >= 1024) & (n_0 < 1536):
         inside_2 = (n >= 1024) & (n < 1536)
         i = n - 1024
         i_k_2_2 = i % 128
@@ -1660,7 +1678,7 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, cos_ptr, sin_ptr, 
                 mask=inside_2 & t_mask & (slot >= 0))
         gl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_4 * cos_2) + (v_3 * sin_2),
                 mask=inside_2 & t_mask & (slot >= 0))
-    if gl.max(n) >= 1536:
+    if n_0 + BLOCK_N - 1 >= 1536:
         inside_3 = n >= 1536
         i_2 = n - 1536
         slot_2 = gl.load(slots_ptr + t, mask=t_mask, other=-1)

@@ -568,11 +568,10 @@ def c_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, 
         else:
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
     return (y0,)
@@ -620,10 +619,7 @@ def c_proj_stream(c_proj_tiles, attended_tiles, x_ptr, c_proj_bias_ptr, out_ptr,
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -636,6 +632,14 @@ def c_proj_stream(c_proj_tiles, attended_tiles, x_ptr, c_proj_bias_ptr, out_ptr,
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     x = gl.load(x_ptr + t * 768 + n, mask=t_mask, other=0).to(gl.float32)
     c_proj_bias = gl.load(c_proj_bias_ptr + n).to(gl.float32)
     gl.store(out_ptr + t.to(gl.int64) * 768 + n, x + (y0 + c_proj_bias), mask=t_mask)
@@ -992,11 +996,10 @@ def c_proj_2_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr
         else:
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
     return (y0,)
@@ -1044,10 +1047,7 @@ def c_proj_2_stream(c_proj_tiles, x_tiles, x_2_ptr, c_proj_bias_ptr, out_ptr, pa
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1060,6 +1060,14 @@ def c_proj_2_stream(c_proj_tiles, x_tiles, x_2_ptr, c_proj_bias_ptr, out_ptr, pa
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     x_2 = gl.load(x_2_ptr + t * 768 + n, mask=t_mask, other=0).to(gl.float32)
     c_proj_bias = gl.load(c_proj_bias_ptr + n).to(gl.float32)
     gl.store(out_ptr + t.to(gl.int64) * 768 + n, x_2 + (y0 + c_proj_bias), mask=t_mask)

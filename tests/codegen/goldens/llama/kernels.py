@@ -168,13 +168,12 @@ def q_k_v_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constex
             x_seen = x_tile.load(X).to(gl.float32)
             mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
                     EIGHTS)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
         y1 = warpgroup_mma_wait(0, deps=(y1,))
@@ -228,13 +227,8 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
-    if GIVEN:
-        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
-    else:
+    if not GIVEN:
         mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
@@ -261,9 +255,22 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
         gl.store(arrivals_ptr + tile, 0)
     if not GIVEN:
         mean = mean / 4096
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    y1 = gl.convert_layout(y1, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    if GIVEN:
+        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
+    else:
+        mean = gl.convert_layout(mean, Z)
     v = mean + 1e-05
     rsqrt = gl.rsqrt(v)
-    if gl.min(n) < 2048:
+    if n_0 < 2048:
         inside = n < 2048
         i_k_2 = n % 64
         i_r = n // 64 % 4
@@ -276,7 +283,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
                 mask=inside & t_mask)
         gl.store(out_ptr + t.to(gl.int64) * 4096 + i_g * 512 + i_r * 128 + i_k_2 + 64, (v_3 * cos) + (v_2 * sin),
                 mask=inside & t_mask)
-    if (gl.max(n) >= 2048) & (gl.min(n) < 2560):
+    if (n_0 + BLOCK_N - 1 >= 2048) & (n_0 < 2560):
         inside_2 = (n >= 2048) & (n < 2560)
         i = n - 2048
         i_k_2_2 = i % 64
@@ -290,7 +297,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
                 mask=inside_2 & t_mask & (slot >= 0))
         gl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2),
                 mask=inside_2 & t_mask & (slot >= 0))
-    if gl.max(n) >= 2560:
+    if n_0 + BLOCK_N - 1 >= 2560:
         inside_3 = n >= 2560
         i_2 = n - 2560
         slot_2 = gl.load(slots_ptr + t, mask=t_mask, other=-1)
@@ -870,11 +877,10 @@ def o_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, 
         else:
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
     return (y0,)
@@ -922,10 +928,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -938,6 +941,14 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     x = gl.load(x_ptr + t * 4096 + n, mask=t_mask, other=0).to(gl.float32)
     gl.store(out_ptr + t.to(gl.int64) * 4096 + n, x + y0, mask=t_mask)
 
@@ -1115,13 +1126,12 @@ def gate_up_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.const
             x_seen = x_tile.load(X).to(gl.float32)
             mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
                     EIGHTS)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
         y1 = warpgroup_mma_wait(0, deps=(y1,))
@@ -1171,13 +1181,8 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
-    if GIVEN:
-        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
-    else:
+    if not GIVEN:
         mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
@@ -1204,6 +1209,19 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
         gl.store(arrivals_ptr + tile, 0)
     if not GIVEN:
         mean = mean / 4096
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    y1 = gl.convert_layout(y1, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    if GIVEN:
+        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
+    else:
+        mean = gl.convert_layout(mean, Z)
     v = mean + 1e-05
     rsqrt = gl.rsqrt(v)
     v_2 = y0 * rsqrt
@@ -1433,11 +1451,10 @@ def down_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexp
         else:
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
     return (y0,)
@@ -1486,10 +1503,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1502,6 +1516,14 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     x_2 = gl.load(x_2_ptr + t * 4096 + n, mask=t_mask, other=0).to(gl.float32)
     gl.store(out_ptr + t.to(gl.int64) * 4096 + n, x_2 + y0, mask=t_mask)
 
@@ -1613,6 +1635,152 @@ def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, B
     v = mean + 1e-05
     rsqrt = tl.rsqrt(v)
     tl.store(out_ptr + n, y0 * rsqrt)
+
+
+@gluon.jit
+def lm_head_stream_copies(lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+                          BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+                          PDL: gl.constexpr):
+    # One warp: every place of the ring is filled as soon as it may be.
+    ROWS: gl.constexpr = 128256
+    LEAVES: gl.constexpr = 1
+    BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
+        mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        for leaf in gl.static_range(LEAVES):
+            async_load(lm_head_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+                       w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
+    if PDL:
+        gdc_wait()
+    for stage in gl.static_range(STAGES):
+        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
+                pred=stage < steps)
+    for step in range(STAGES, steps):
+        place = step % STAGES
+        mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
+        mbarrier.expect(ready.index(place), BYTES)
+        for leaf in gl.static_range(LEAVES):
+            async_load(lm_head_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
+                       w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+
+
+@gluon.jit
+def lm_head_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
+                            BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BLOCK_K: gl.constexpr, GIVEN: gl.constexpr):
+    # The other warps: the products of all steps, and what each thread has seen of the row reductions.
+    GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
+    WARPS: gl.constexpr = gl.num_warps()
+    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
+    y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+    if GROUPS:
+        y0 = warpgroup_mma_init(y0)
+    mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        x_tile = x_ring.index(place)
+        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
+        else:
+            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+        if not GIVEN:
+            x_seen = x_tile.load(X).to(gl.float32)
+            mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
+                    EIGHTS)
+        if GROUPS:
+            y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
+    if GROUPS:
+        y0 = warpgroup_mma_wait(0, deps=(y0,))
+    return y0, mean_k
+
+
+@gluon.jit(do_not_specialize=["T"])
+def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, stats_ptr, T, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+                   GIVEN: tl.constexpr, PDL: tl.constexpr):
+    # llama.fuse:46   h + mlp(post_attention_layernorm(h))
+    # llama.fuse:56   lm_head(norm(x))
+    ROWS: gl.constexpr = 128256
+    LEAVES: gl.constexpr = 1
+    BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
+    STEPS: gl.constexpr = 4096 // BLOCK_K
+    SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    WARPS: gl.constexpr = gl.num_warps()
+    TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
+    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    if PDL:
+        gdc_launch_dependents()
+    tile = gl.program_id(0)
+    split = gl.program_id(1)
+    n_0 = tile % BLOCKS_N * BLOCK_N
+    t_0 = tile // BLOCKS_N * BLOCK_M
+    first = split * SHARE
+    steps = gl.minimum(SHARE, STEPS - first)
+    w_ring = gl.allocate_shared_memory(lm_head_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K], lm_head_tiles.layout)
+    x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(done.index(stage), count=1)
+    fence_async_shared()
+    y0, mean_k = gl.warp_specialize([
+        (lm_head_stream_products, (
+            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES, BLOCK_K, GIVEN)),
+        (lm_head_stream_copies, (
+            lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
+    ], [1], [40])
+    if PDL:
+        gdc_wait()  # for what the epilogue reads, and before it writes
+
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    if not GIVEN:
+        mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
+    if SPLITS > 1:
+        tiles = gl.num_programs(0)
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
+        sums = partial_ptr + SPLITS * LEAVES * whole + tile * (SPLITS * BLOCK_M)
+        gl.store(cell + split * whole, y0)
+        if not GIVEN:
+            gl.store(sums + split * BLOCK_M + m, mean)
+        barrier()  # every warp's stores come before the one thread's release below
+        if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
+            return
+        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+        if not GIVEN:
+            mean = gl.full([1, BLOCK_M], 0.0, gl.float32, Y)
+        for part in gl.static_range(SPLITS):
+            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
+            if not GIVEN:
+                mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
+                mean = mean + mean_part
+        gl.store(arrivals_ptr + tile, 0)
+    if not GIVEN:
+        mean = mean / 4096
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    if GIVEN:
+        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
+    else:
+        mean = gl.convert_layout(mean, Z)
+    v = mean + 1e-05
+    rsqrt = gl.rsqrt(v)
+    gl.store(out_ptr + t.to(gl.int64) * 128256 + n, y0 * rsqrt, mask=t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])

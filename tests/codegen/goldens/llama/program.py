@@ -24,9 +24,9 @@ def embed_tokens_positions(T, ids, embed_tokens, out0, pos, table, out1, out2):
 
 def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
     if T == 1:
-        kernels.q_k_v_proj_gemv[(triton.cdiv(3072, 2),)](
+        kernels.q_k_v_proj_gemv[(triton.cdiv(3072, 1),)](
             q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache,
-            BLOCK_N=2, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=1, BLOCK_K=4096, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         stats = m.stats(T, 1)
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3072, 32), 1)](
@@ -37,10 +37,17 @@ def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, part
     elif HOPPER and 17 <= T <= 32:
         stats = m.stats(T, 1)
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3072, 32), 1)](
-            tiles(q_k_v_proj, 4096, 32, 256), tiles(x[:T], 4096, 32, 256), cos, sin, out, k_cache, slots, v_cache,
+            tiles(q_k_v_proj, 4096, 32, 128), tiles(x[:T], 4096, 32, 128), cos, sin, out, k_cache, slots, v_cache,
             partial, arrivals, stats, T,
-            BLOCK_M=32, BLOCK_N=32, BLOCK_K=256, STAGES=4, GIVEN=False, SPLITS=1,
+            BLOCK_M=32, BLOCK_N=32, BLOCK_K=128, STAGES=9, GIVEN=False, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        stats = m.stats(T, 1)
+        kernels.q_k_v_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3072, 64), 2)](
+            tiles(q_k_v_proj, 4096, 64, 64), tiles(x[:T], 4096, 64, 64), cos, sin, out, k_cache, slots, v_cache,
+            partial, arrivals, stats, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=9, GIVEN=False, SPLITS=2,
+            PDL=PDL, num_warps=4, maxnreg=136, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
         stats = m.stats(T, 1)
         kernels.q_k_v_proj_stats[(triton.cdiv(T, 4),)](
@@ -106,24 +113,24 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
             o_proj, attended, x, out,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
-        kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 1)](
+        kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             tiles(o_proj, 4096, 64, 256), tiles(attended[:T], 4096, 16, 256), x, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, STAGES=5, GIVEN=False, SPLITS=1,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, STAGES=5, GIVEN=False, SPLITS=2,
             PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
-        kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 2)](
+        kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 1)](
             tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 32, 128), x, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=9, GIVEN=False, SPLITS=2,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=9, GIVEN=False, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
-        kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 2)](
+        kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 1)](
             tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 64, 128), x, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=6, GIVEN=False, SPLITS=2,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=6, GIVEN=False, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=104, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
-        kernels.o_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(4096, 64), 2)](
+        kernels.o_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(4096, 64), 1)](
             tiles(o_proj, 4096, 64, 64), tiles(attended[:T], 4096, 128, 64), x, out, partial, arrivals, T,
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=9, GIVEN=False, SPLITS=2,
+            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=9, GIVEN=False, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=192, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
@@ -153,13 +160,19 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(14336, 1),)](
             gate_up_proj, x, out,
-            BLOCK_N=1, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=1, BLOCK_K=2048, STAGES=3, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         stats = m.stats(T, 1)
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(14336, 64), 1)](
             tiles(gate_up_proj, 4096, 64, 256), tiles(x[:T], 4096, 16, 256), out, partial, arrivals, stats, T,
             BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, STAGES=3, GIVEN=False, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        stats = m.stats(T, 1)
+        kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(14336, 64), 1)](
+            tiles(gate_up_proj, 4096, 64, 128), tiles(x[:T], 4096, 32, 128), out, partial, arrivals, stats, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=8, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         stats = m.stats(T, 1)
         kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(14336, 64), 1)](
@@ -202,14 +215,14 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
 
 def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
     if T == 1:
-        kernels.down_proj_gemv[(triton.cdiv(4096, 8),)](
+        kernels.down_proj_gemv[(triton.cdiv(4096, 4),)](
             down_proj, x, x_2, out,
-            BLOCK_N=8, BLOCK_K=1024, STAGES=3, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
-        kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 4)](
+        kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             tiles(down_proj, 14336, 64, 128), tiles(x[:T], 14336, 16, 128), x_2, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4,
-            PDL=PDL, num_warps=8, maxnreg=72, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=11, GIVEN=False, SPLITS=2,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.down_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 2)](
             tiles(down_proj, 14336, 64, 128), tiles(x[:T], 14336, 32, 128), x_2, out, partial, arrivals, T,
@@ -249,23 +262,41 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
         torch.addmm(x_2[:T], x[:T], down_proj.view(4096, 14336).t(), out=out[:T])
 
 
-def lm_head(N, lm_head, rows, x, out, partial, arrivals):
+def lm_head(m, N, lm_head, rows, x, out, partial, arrivals):
     if N == 1:
         kernels.lm_head_gemv[(triton.cdiv(128256, 4),)](
             lm_head, rows, x, out,
-            BLOCK_N=4, BLOCK_K=4096, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 2 <= N <= 16:
+        stats = m.stats(N, 1)
+        kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(128256, 64), 1)](
+            tiles(lm_head, 4096, 64, 256), tiles(m.picked(x, rows), 4096, 16, 256), out, partial, arrivals, stats, N,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, STAGES=5, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+    elif HOPPER and 33 <= N <= 64:
+        stats = m.stats(N, 1)
+        kernels.lm_head_stream[(triton.cdiv(N, 64) * triton.cdiv(128256, 128), 1)](
+            tiles(lm_head, 4096, 128, 128), tiles(m.picked(x, rows), 4096, 64, 128), out, partial, arrivals, stats, N,
+            BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=8, maxnreg=104, launch_pdl=PDL)
+    elif HOPPER and 65 <= N <= 128:
+        stats = m.stats(N, 1)
+        kernels.lm_head_stream[(triton.cdiv(N, 128) * triton.cdiv(128256, 128), 1)](
+            tiles(lm_head, 4096, 128, 64), tiles(m.picked(x, rows), 4096, 128, 64), out, partial, arrivals, stats, N,
+            BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=6, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=8, maxnreg=168, launch_pdl=PDL)
     elif N <= 16:
         kernels.lm_head_skinny[(triton.cdiv(N, 16) * triton.cdiv(128256, 64), 1)](
             lm_head, rows, x, out, partial, arrivals, N,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif N <= 32:
         kernels.lm_head_skinny[(triton.cdiv(N, 32) * triton.cdiv(128256, 128), 1)](
             lm_head, rows, x, out, partial, arrivals, N,
-            BLOCK_M=32, BLOCK_N=128, BLOCK_K=64, STAGES=4, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=128, BLOCK_K=64, STAGES=3, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif N <= 64:
         kernels.lm_head_skinny[(triton.cdiv(N, 64) * triton.cdiv(128256, 128), 1)](
             lm_head, rows, x, out, partial, arrivals, N,
-            BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, STAGES=3, SPLITS=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, STAGES=3, SPLITS=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif N <= 256:
         kernels.lm_head_matmul[(triton.cdiv(N, 128) * triton.cdiv(128256, 256),)](
             lm_head, rows, x, out, N,
@@ -294,5 +325,5 @@ def step(m, b):
     o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.attended, m.x, m.x_4, m.partial, m.arrivals)
     gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_4, m.x_5, m.partial, m.arrivals)
     down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_5, m.x_4, m.x, m.partial, m.arrivals)
-    lm_head(N, w["lm_head"], b.rows, m.x, logits, m.partial, m.arrivals)
+    lm_head(m, N, w["lm_head"], b.rows, m.x, logits, m.partial, m.arrivals)
     return logits

@@ -168,13 +168,12 @@ def q_k_v_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constex
             x_seen = x_tile.load(X).to(gl.float32)
             mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
                     EIGHTS)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
         y1 = warpgroup_mma_wait(0, deps=(y1,))
@@ -228,13 +227,8 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
-    if GIVEN:
-        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
-    else:
+    if not GIVEN:
         mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
@@ -261,9 +255,22 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
         gl.store(arrivals_ptr + tile, 0)
     if not GIVEN:
         mean = mean / 4096
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    y1 = gl.convert_layout(y1, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    if GIVEN:
+        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
+    else:
+        mean = gl.convert_layout(mean, Z)
     v = mean + 1e-05
     rsqrt = gl.rsqrt(v)
-    if gl.min(n) < 2048:
+    if n_0 < 2048:
         inside = n < 2048
         i_k_2 = n % 64
         i_r = n // 64 % 4
@@ -276,7 +283,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
                 mask=inside & t_mask)
         gl.store(out_ptr + t.to(gl.int64) * 4096 + i_g * 512 + i_r * 128 + i_k_2 + 64, (v_3 * cos) + (v_2 * sin),
                 mask=inside & t_mask)
-    if (gl.max(n) >= 2048) & (gl.min(n) < 2560):
+    if (n_0 + BLOCK_N - 1 >= 2048) & (n_0 < 2560):
         inside_2 = (n >= 2048) & (n < 2560)
         i = n - 2048
         i_k_2_2 = i % 64
@@ -290,7 +297,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
                 mask=inside_2 & t_mask & (slot >= 0))
         gl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2),
                 mask=inside_2 & t_mask & (slot >= 0))
-    if gl.max(n) >= 2560:
+    if n_0 + BLOCK_N - 1 >= 2560:
         inside_3 = n >= 2560
         i_2 = n - 2560
         slot_2 = gl.load(slots_ptr + t, mask=t_mask, other=-1)
@@ -870,11 +877,10 @@ def o_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, 
         else:
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
     return (y0,)
@@ -922,10 +928,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -938,6 +941,14 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     x = gl.load(x_ptr + t * 4096 + n, mask=t_mask, other=0).to(gl.float32)
     gl.store(out_ptr + t.to(gl.int64) * 4096 + n, x + y0, mask=t_mask)
 
@@ -1115,13 +1126,12 @@ def gate_up_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.const
             x_seen = x_tile.load(X).to(gl.float32)
             mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
                     EIGHTS)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
         y1 = warpgroup_mma_wait(0, deps=(y1,))
@@ -1171,13 +1181,8 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
-    if GIVEN:
-        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
-    else:
+    if not GIVEN:
         mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
@@ -1204,6 +1209,19 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
         gl.store(arrivals_ptr + tile, 0)
     if not GIVEN:
         mean = mean / 4096
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    y1 = gl.convert_layout(y1, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    if GIVEN:
+        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
+    else:
+        mean = gl.convert_layout(mean, Z)
     v = mean + 1e-05
     rsqrt = gl.rsqrt(v)
     v_2 = y0 * rsqrt
@@ -1433,11 +1451,10 @@ def down_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexp
         else:
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
     return (y0,)
@@ -1486,10 +1503,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1502,6 +1516,14 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     x_2 = gl.load(x_2_ptr + t * 4096 + n, mask=t_mask, other=0).to(gl.float32)
     gl.store(out_ptr + t.to(gl.int64) * 4096 + n, x_2 + y0, mask=t_mask)
 
@@ -1668,11 +1690,10 @@ def lm_head_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr,
             x_seen = x_tile.load(X).to(gl.float32)
             mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
                     EIGHTS)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
     return y0, mean_k
@@ -1720,13 +1741,8 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
-    if GIVEN:
-        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
-    else:
+    if not GIVEN:
         mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
@@ -1750,6 +1766,18 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
         gl.store(arrivals_ptr + tile, 0)
     if not GIVEN:
         mean = mean / 4096
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    if GIVEN:
+        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
+    else:
+        mean = gl.convert_layout(mean, Z)
     v = mean + 1e-05
     rsqrt = gl.rsqrt(v)
     gl.store(out_ptr + t.to(gl.int64) * 32000 + n, y0 * rsqrt, mask=t_mask)

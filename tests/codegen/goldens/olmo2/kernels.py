@@ -127,11 +127,10 @@ def q_k_v_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constex
         else:
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
     return (y0,)
@@ -182,10 +181,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, out0_ptr, out1_ptr, v_cache_ptr
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -198,14 +194,22 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, out0_ptr, out1_ptr, v_cache_ptr
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
-    if gl.min(n) < 4096:
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    if n_0 < 4096:
         inside = n < 4096
         gl.store(out0_ptr + t.to(gl.int64) * 4096 + n, y0, mask=inside & t_mask)
-    if (gl.max(n) >= 4096) & (gl.min(n) < 8192):
+    if (n_0 + BLOCK_N - 1 >= 4096) & (n_0 < 8192):
         inside_2 = (n >= 4096) & (n < 8192)
         i = n - 4096
         gl.store(out1_ptr + t.to(gl.int64) * 4096 + i, y0, mask=inside_2 & t_mask)
-    if gl.max(n) >= 8192:
+    if n_0 + BLOCK_N - 1 >= 8192:
         inside_3 = n >= 8192
         i_2 = n - 8192
         slot = gl.load(slots_ptr + t, mask=t_mask, other=-1)
@@ -710,11 +714,10 @@ def o_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, 
         else:
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
     return (y0,)
@@ -761,10 +764,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -777,6 +777,14 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     gl.store(out_ptr + t.to(gl.int64) * 4096 + n, y0, mask=t_mask)
 
 
@@ -971,13 +979,12 @@ def gate_up_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.const
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
             y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
         y1 = warpgroup_mma_wait(0, deps=(y1,))
@@ -1026,10 +1033,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1045,6 +1049,15 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
             y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
             y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    y1 = gl.convert_layout(y1, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     gl.store(out_ptr + t.to(gl.int64) * 11008 + n, (y0 * (1 / (1 + gl.exp(-y0)))) * y1, mask=t_mask)
 
 
@@ -1222,11 +1235,10 @@ def down_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexp
         else:
             x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
             y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
     return (y0,)
@@ -1274,10 +1286,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1290,6 +1299,14 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     gl.store(out_ptr + t.to(gl.int64) * 4096 + n, y0, mask=t_mask)
 
 
@@ -1491,11 +1508,10 @@ def lm_head_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr,
             x_seen = x_tile.load(X).to(gl.float32)
             mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
                     EIGHTS)
-        if GROUPS:  # the products of the step before are surely done
+        if GROUPS:
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        else:
-            mbarrier.arrive(done.index(place))
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
     return y0, mean_k
@@ -1545,13 +1561,8 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
-    t = t_0 + m
-    t_mask = t < T
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    n = n_0 + row
-    if GIVEN:
-        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
-    else:
+    if not GIVEN:
         mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
@@ -1575,6 +1586,18 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
         gl.store(arrivals_ptr + tile, 0)
     if not GIVEN:
         mean = mean / 4096
+
+    # A thread has eight neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    if GIVEN:
+        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
+    else:
+        mean = gl.convert_layout(mean, Z)
     v = mean + 1e-06
     rsqrt = gl.rsqrt(v)
     gl.store(out_ptr + t.to(gl.int64) * 100352 + n, y0 * rsqrt, mask=t_mask)
