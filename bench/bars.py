@@ -45,7 +45,7 @@ def decode():
             if key in FAST:
                 yield f"{name}: ms a token", case["tpot_ms"], FAST[key], False
             else:
-                took = f"{case['tpot_ms']:.3f} ms, {case['read_GBps']:.0f} GB/s read"
+                took = f"{case['tpot_ms']:.3f} ms; a step {case['step_ms']:.3f}; {case['read_GBps']:.0f} GB/s read"
                 yield f"{name}: share ({took})", case["share"], DECODE[key], True
 
 

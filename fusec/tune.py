@@ -132,7 +132,7 @@ class Tuner:
         on_result(what, form, tokens, microseconds, tiles) is called for each of its rows, and with "the whole step" for steps.
         """
         tell = on_result or (lambda *result: None)
-        start, read = time.monotonic(), read_bandwidth(self.program.device)
+        start = time.monotonic()
         self.program.allocate_cache(128 * PAGES, PAGE)
         for cache in self.program.caches.values():
             cache.normal_()
@@ -157,7 +157,7 @@ class Tuner:
                 deadline = now + (start + budget - now) / left
                 choice, launch, ms = self.together(few, attention[form, tokens], self.measured(tokens), deadline)
                 bandwidth = decode_bytes(self.program.compiled, self.measured(tokens), CONTEXT + 1) / ms / 1e6
-                tell("the whole step", form, tokens, ms * 1e3, f"{bandwidth / read:.1%} of {read:.0f} GB/s")
+                tell("the whole step", form, tokens, ms * 1e3, f"{bandwidth / self.read:.1%} of {self.read:.0f} GB/s")
                 if launch:
                     key, row = decode_row(launch, self.measured(tokens), BUCKET, self.program.dtype.itemsize)
                     table.setdefault(key, []).append(row)
@@ -170,6 +170,11 @@ class Tuner:
                     tell(f.name, form, tokens, next(us for us, option in found[f.name] if option is choice[f.name]), tiles)
         self.pool.shutdown(wait=False, cancel_futures=True)
         return table
+
+    @functools.cached_property
+    def read(self) -> float:
+        """GB/s that this GPU reads."""
+        return read_bandwidth(self.program.device)
 
     def measured(self, tokens: int) -> int:
         return MEASURED.get(tokens, tokens)

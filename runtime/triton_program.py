@@ -19,7 +19,6 @@ from fusec.runtime.hub import cache_folder
 from fusec.runtime.program import cache_bytes, cache_sizes
 from fusec.runtime.weights import Loader, prepare
 
-
 MOST_STREAMED = 128  # rows of a stream, so that one buffer serves all captured graphs
 
 

@@ -181,7 +181,8 @@ def test_the_8b_compiles_within_a_minute_and_spills_nowhere_by_accident(tmp_path
     assert report.seconds["cubins"] < 60
     assert len(report.kernels) == len(list((tmp_path / "llama" / "cubins").glob("*.cubin")))
     for kernel in report.kernels:
-        allowed = 256 if "_prefill" in kernel.kernel else 0 if kernel.function != "positions" else 16
+        wide = "_stream" in kernel.kernel and kernel.tiles["BLOCK_M"] == 128  # the epilogue of 128 tokens a tile
+        allowed = 256 if "_prefill" in kernel.kernel else 64 if wide else 16 if kernel.function == "positions" else 0
         assert kernel.spills <= allowed, kernel
         assert kernel.shared <= 227 * 1024, kernel
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fusec.bench import kernels
+from fusec.bench import decode, kernels
 from fusec.bench.attention import lengths_of
 from fusec.bench.cli import bench
-from fusec.bench.decode import case, decode_bytes, generate, ramp
+from fusec.bench.decode import case, decode_bytes, ramp
 from fusec.bench.engine import compiled_for, make_llm, need_gpu, pick
 from fusec.bench.limits import microseconds
 from fusec.bench.shapes import MODELS, config_of
@@ -195,23 +195,21 @@ def test_a_kernel_is_held_against_the_nearer_limit():
 
 
 @pytest.mark.parametrize("batch, context", [(1, 8), (3, 20), (8, 33), (5, 64)])
-def test_two_runs_compute_their_prompts_in_the_same_steps(batch, context):
-    """What the difference of two runs divides by `steps` must be steps of decoding alone."""
-    budget = min(64, batch * context)
+def test_only_steps_in_which_all_decode_are_timed(batch, context, monkeypatch):
+    budget, ticks, alone = min(64, batch * context), iter(range(1000)), []
     config = TINY | {"max_position_embeddings": 512}
     llm = make_llm(config, device=torch.device("cpu"), dtype="float32", batch=batch, longest=context + 60, budget=budget)
-    mixed, real = [], llm.engine.runner.launch
+    real = llm.engine.runner.launch
 
     def launch(plan):
-        mixed.append(not plan.decode_only)
+        alone.append(plan.decode_only and len(plan.work) == batch)
         return real(plan)
 
     llm.engine.runner.launch = launch
-    first = ramp(batch, context, budget)
-    runs = []
-    for count in (first, first + 9):
-        mixed.clear()
-        generate(llm, batch, context, count)
-        runs.append(list(mixed))
-    short, long = runs
-    assert len(long) == len(short) + 9 and sum(long) == sum(short)
+    monkeypatch.setattr(decode.time, "perf_counter", lambda: float(next(ticks)))
+    count = ramp(batch, context, budget) + 9
+    milliseconds, had = decode.time_per_token(llm, batch, context, count)
+    assert milliseconds == 1000.0  # a tick a step: no other step lies between
+    assert sum(alone) >= 9
+    assert count / 2 - 1 <= had <= count
+    assert "step" not in vars(llm.engine)  # nothing is left behind

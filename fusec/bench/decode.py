@@ -1,9 +1,9 @@
 """Decoding: the time of an output token, in `generate` as a user calls it and of a step on the device alone.
 
-    tpot_ms      (a run of some tokens and `steps` more, less a run of some) / steps, by the clock on the wall: with scheduling
-                 and sampling. Some: so many that in both runs every prompt is computed in the same steps, beside the same others
+    tpot_ms      from the first step that gives every sequence a token to the last one, by their number: by the clock on the wall,
+                 when `generate` is handed a step's tokens, with scheduling and sampling
     step_ms      a replay of the engine's own captured step (forward, sample, advance), by events on the device
-    bytes        what a step must read: every weight once, and each sequence's history, halfway through the run
+    bytes        what a step must read: every weight once, and each sequence's history, halfway between those two steps
     GBps         bytes by tpot_ms
     share        GBps of the bandwidth that a plain reduction reads in the same run; step_share: by step_ms
 """
@@ -49,9 +49,10 @@ def bench_decode(models: list[str], batches: list[int], contexts: list[int], *, 
         generate(llm, 1, min(64, max(contexts)), 4)
         for context in contexts:
             for batch in batches:
-                first = ramp(batch, context, budget)
-                tpot = time_per_token(llm, batch, context, first, steps, repeats)
-                halfway = context + first + steps // 2
+                count = ramp(batch, context, budget) + steps
+                generate(llm, batch, context, count)  # captures the graphs of this batch
+                tpot, had = min(time_per_token(llm, batch, context, count) for _ in range(repeats))
+                halfway = context + round(had)
                 step = step_milliseconds(llm, batch, halfway)
                 moved = decode_bytes(compiled, batch, halfway)
                 cases.append(case(name, batch, context, tpot, step, moved, read))
@@ -88,12 +89,27 @@ def ramp(batch: int, context: int, budget: int) -> int:
     return -(-batch * context // max(1, budget - batch)) + 1
 
 
-def time_per_token(llm, batch: int, context: int, first: int, steps: int, repeats: int) -> float:
-    """Milliseconds an output token, by the wall, from token `first` on."""
-    generate(llm, batch, context, first + 3)  # captures the graphs of this batch
-    short = min(generate(llm, batch, context, first) for _ in range(repeats))
-    long = min(generate(llm, batch, context, first + steps) for _ in range(repeats))
-    return max(long - short, 1e-9) / steps * 1e3
+def time_per_token(llm, batch: int, context: int, count: int) -> tuple[float, float]:
+    """(milliseconds, tokens): of a step, by the wall, while all of `batch` sequences decode; and how many tokens a sequence had
+    halfway, on average."""
+    seen, step = [], llm.engine.step
+
+    def watched():
+        new = step()
+        seen.append((time.perf_counter(), len(new)))
+        return new
+
+    llm.engine.step = watched
+    try:
+        generate(llm, batch, context, count)
+    finally:
+        del llm.engine.step
+    seen = [(clock, tokens) for clock, tokens in seen if tokens]
+    full = [number for number, (_, tokens) in enumerate(seen) if tokens == batch]
+    first, last = full[0], full[-1]
+    milliseconds = (seen[last][0] - seen[first][0]) / (last - first) * 1e3
+    given = [sum(tokens for _, tokens in seen[: number + 1]) for number in (first, last)]
+    return milliseconds, sum(given) / 2 / batch
 
 
 def step_milliseconds(llm, batch: int, context: int) -> float:

@@ -2,9 +2,13 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
 
 from fusec.bench.shapes import MODELS
 from fusec.compiler import compile
+from fusec.runtime.triton_program import TritonProgram
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 QWEN = MODELS["qwen3-0.6b"] | {"num_hidden_layers": 2}
@@ -61,3 +65,21 @@ def test_x_that_the_epilogue_reads_too_is_not_streamed():
 def test_a_field_called_tiles_hides_nothing():
     text = re.sub(r"\bo_proj\b", "tiles", (EXAMPLES / "llama.fuse").read_text())
     assert "def tiles(" not in kernels(text, LLAMA).program_py
+
+
+def test_the_head_streams_the_rows_it_wants():
+    module = kernels(EXAMPLES / "llama.fuse", LLAMA | {"vocab_size": 1024, "tie_word_embeddings": False})
+    head = next(f for f in module.functions if any("m.picked" in line for line in f.launch))
+    launch = "\n".join(head.launch)
+    assert "tiles(m.picked(x, rows), 1024, 16," in launch and head.params[0] == "m"
+    stream = next(s for s in head.sources if s.form == "stream")
+    assert stream.facts["picked"] == "rows" and "rows_ptr" not in stream.roles
+
+
+def test_picked_rows_lie_one_after_another():
+    x, rows = torch.randn(9, 12), torch.tensor([3, 8, 3], dtype=torch.int32)
+    program = SimpleNamespace(_growing={}, device="cpu")
+    program._take = lambda *size: TritonProgram._take(program, *size)
+    picked = TritonProgram.picked(program, x, rows)
+    assert torch.equal(picked, x[rows.long()]) and picked.is_contiguous()
+    assert TritonProgram.picked(program, x, rows[:1]).data_ptr() == picked.data_ptr()  # a captured graph keeps the address

@@ -1,12 +1,14 @@
 """Tiles: what `fusec tune` may choose computes the same, and what it tries fits the GPU."""
 
+import itertools
+
 import pytest
 import torch
 from interpret import INTERPRETED, run_interpreted
 from program_checks import EXAMPLES, TINY
 
 from fusec.codegen import candidates, schedule
-from fusec.codegen.attention_schedule import LITTLE, decode_launch, decode_row
+from fusec.codegen.attention_schedule import LITTLE, WHOLE, decode_launch, decode_row
 from fusec.compiler import compile
 
 if INTERPRETED:
@@ -69,6 +71,25 @@ else:
         for launch in candidates.decode_tiles(rule, 1, 1024, 2):
             tile = launch.constants["BLOCK_N"] * (launch.constants["BLOCK_K"] + launch.constants["BLOCK_J"]) * 2
             assert tile * (launch.num_stages - 1) < LITTLE
+
+    def test_decode_attention_wants_the_shared_memory_that_its_programs_need():
+        heads = dict(G=8, R=4, K=128, J=128, page=16, gpu="nobody's table")
+        short, long, several = (decode_launch(*size, **heads) for size in ((1, 1024), (1, 32768), (8, 1024)))
+        for launch, each in ((short, 1), (long, 4)):  # programs a multiprocessor
+            constants = launch.constants
+            tile = 2 * constants["BLOCK_N"] * 128 * 2 * (launch.num_stages - 1)
+            assert -(-launch.grid[0] * launch.grid[1] // 132) == each
+            assert each * tile < launch.shared * WHOLE // 100 < each * (tile + 16384)
+        assert several.shared == 100  # as the kernels beside it
+
+    @pytest.mark.parametrize("leaves", (1, 2, 4))
+    def test_streams_leave_registers_for_as_many_programs_as_there_is_memory_for(leaves):
+        for tokens, n, bk, warps, stages in itertools.product((16, 32, 64, 128), (16, 64, 128), (64, 256), (4, 8), (2, 4, 9)):
+            t = schedule.Stream(tokens, n, bk, 1, warps, stages)
+            programs = schedule.SHARED // (stages * (leaves * n + tokens) * bk * 2 + 2048)
+            registers, threads = t.registers(leaves), 32 * (warps + 4)
+            assert registers % 8 == 0
+            assert registers * threads * max(1, min(4, programs)) <= schedule.REGISTERS
 
     def test_a_row_of_the_table_is_what_decode_launch_answers(monkeypatch):
         heads = dict(G=2, R=4, K=64, J=64, page=16)
