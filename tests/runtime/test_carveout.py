@@ -7,33 +7,42 @@ import pytest
 from fusec.runtime import carveout
 
 
+class Kernel:
+    """As much of a loaded kernel as is looked at."""
+
+    def __init__(self, function):
+        self.function = function
+
+
 @pytest.fixture
-def asked(monkeypatch):
-    calls = []
+def calls(monkeypatch):
+    found = []
 
     def set_attribute(function, attribute, value):
-        calls.append((function.value, attribute, value.value))
+        found.append((function.value, attribute, value.value))
         return 0
 
-    carveout.ask.cache_clear()
     monkeypatch.setattr(carveout, "driver", lambda: SimpleNamespace(cuFuncSetAttribute=set_attribute))
-    yield calls
-    carveout.ask.cache_clear()
+    return found
 
 
-def test_once_a_kernel(asked):
-    for function in (7, 7, 8):
-        carveout.share_memory(SimpleNamespace(function=function), 28)
-    assert asked == [(7, carveout.PREFERRED_SHARED_MEMORY_CARVEOUT, 28), (8, carveout.PREFERRED_SHARED_MEMORY_CARVEOUT, 28)]
+def test_once_a_kernel(calls):
+    attribute = carveout.PREFERRED_SHARED_MEMORY_CARVEOUT
+    first, second = Kernel(7), Kernel(8)
+    for kernel in (first, first, second):
+        carveout.share_memory(kernel, 28)
+    assert calls == [(7, attribute, 28), (8, attribute, 28)]
+    carveout.share_memory(Kernel(7), 28)  # another one, at the address of one that is gone
+    assert len(calls) == 3
 
 
-def test_nothing_is_asked_for_without_a_kernel_or_a_wish(asked):
+def test_nothing_is_asked_for_without_a_kernel_or_a_wish(calls):
     carveout.share_memory(None, 28)
-    carveout.share_memory(SimpleNamespace(function=7), None)
-    assert asked == []
+    carveout.share_memory(Kernel(7), None)
+    assert calls == []
 
 
-def test_a_refusal_is_no_secret(asked, monkeypatch):
+def test_a_refusal_is_no_secret(monkeypatch):
     monkeypatch.setattr(carveout, "driver", lambda: SimpleNamespace(cuFuncSetAttribute=lambda *_: 1))
     with pytest.raises(AssertionError, match="CUDA error 1"):
-        carveout.share_memory(SimpleNamespace(function=9), 28)
+        carveout.share_memory(Kernel(9), 28)
