@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from fusec.codegen.attention_schedule import decode_launch, decode_scratch, prefill_launch, with_tile  # noqa: E402
+from fusec.runtime.carveout import share_memory  # noqa: E402
 
 TEMPLATES = ROOT / "templates"
 CAUSAL = "keep = k_pos <= q_pos"
@@ -149,8 +150,9 @@ def run_decode(fn, case, launch, scratch=None, out=None):
     out = poisoned_out(case) if out is None else out
     sequences = len(case.context_lens)
     scratch = scratch or make_scratch(launch, sequences, out.device)
-    fn[launch.grid](case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, out, *scratch, sequences,
-                    case.q.stride(0), case.block_tables.stride(0), **launch.constants, **launch.options)
+    kernel = fn[launch.grid](case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, out, *scratch, sequences,
+                             case.q.stride(0), case.block_tables.stride(0), **launch.constants, **launch.options)
+    share_memory(kernel, launch.shared)
     return out
 
 

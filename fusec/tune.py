@@ -185,7 +185,9 @@ class Tuner:
         """Every candidate of a kernel, with the file of its source: one a set of masks."""
         parts, found, files = Contraction(function.kernel.attrs["body"]), [], {}
         shape = (parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
-        for tiles in tiles_for(form, *shape, tokens, parts.streams and self.program.program.HOPPER, len(parts.beside)):
+        made = any(s.form == "stats" for s in function.sources)  # there is a kernel of the row reductions alone
+        streams = parts.streams and self.program.program.HOPPER
+        for tiles in tiles_for(form, *shape, tokens, streams, len(parts.beside) if made else 0):
             kind = (form_of(tiles), bool(parts.k % tiles.block_k), bool(parts.n % tiles.block_n))
             if kind not in files:
                 name = f"{function.name}_{kind[0]}"
@@ -200,7 +202,8 @@ class Tuner:
         """Scratch for the partial results of any candidate."""
         p = self.program
         most = max((o.tiles.splits * o.tiles.tokens for o in options if o.form in ("skinny", "stream")), default=1)
-        columns = max((2 * s.facts["rows"] for f in self.contractions for s in f.sources if "rows" in s.facts), default=0)
+        facts = [s.facts for f in self.contractions for s in f.sources if "leaves" in s.facts]
+        columns = max(((f["leaves"] + 1) * f["rows"] for f in facts), default=0)  # and what blocks and row reductions add
         if not columns:
             return
         p.partial = torch.empty(max(p.partial.numel(), most * (columns + 4096)), dtype=torch.float32, device=p.device)

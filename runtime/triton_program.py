@@ -23,8 +23,8 @@ MOST_STREAMED = 128  # rows of a stream, so that one buffer serves all captured 
 
 
 class TritonProgram:
-    """See Program. Generated code finds here what it names: `weights`, `caches`, buffers as attributes, `block_size`,
-    `scratch`."""
+    """See Program. Generated code finds here what it names: `weights`, `caches`, buffers as attributes, `block_size`, `scratch`,
+    `product`, `stats`, `picked`."""
 
     supports_graphs = True
 

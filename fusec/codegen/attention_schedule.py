@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from . import schedule
 from .schedule import SHARED, padded
 
-# Bytes of shared memory up to which Triton leaves a multiprocessor's split between L1 and shared memory to the driver. Beyond,
-# it asks for the largest share, and a multiprocessor drains before it changes the split, so that two kernels on different sides
-# of this limit do not overlap (inferred, not isolated: docs/performance.md).
+# Bytes of shared memory up to which Triton leaves a multiprocessor's split between L1 and shared memory alone. Beyond, it asks
+# for the largest share, and a multiprocessor drains before it changes the split, so that two kernels on different sides of
+# this limit do not overlap (docs/performance.md).
 LITTLE = 48 << 10
 SLACK = 8 << 10  # bytes of a program beside its tiles of history: the query, scores, what Triton converts
 WHOLE = 228 << 10  # bytes of a multiprocessor's memory that can be shared memory
@@ -33,7 +33,8 @@ WHOLE = 228 << 10  # bytes of a multiprocessor's memory that can be shared memor
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel's launch: `kernel[launch.grid](*buffers, **launch.constants, **launch.options)`."""
+    """One kernel's launch: `kernel[launch.grid](*buffers, **launch.constants, **launch.options)`, and
+    `share_memory(what that gave back, launch.shared)`."""
 
     grid: tuple[int, ...]
     constants: dict[str, int | bool]
@@ -88,9 +89,11 @@ def with_tile(constants: dict, tile: dict, batch: int, max_context: int, itemsiz
         most = batch * -(-max_context // block_n) // max(1, tile["chunk"] // block_n)
         parts = batch + max(-(-programs // G), min(-(-4 * programs // G), most))
     constants = constants | dict(BLOCK_N=block_n, PARTS=parts, CHUNK=tile["chunk"], BATCH=padded(batch), PROGRAMS=programs)
-    # Of one sequence, what its programs need; of more, what the kernels beside it have.
-    wanted = -(-G * parts // multiprocessors) * (shared + SLACK) if batch == 1 else WHOLE
-    return Launch((G, parts), constants, tile["num_warps"], tile["num_stages"], shared=min(100, -(-100 * wanted // WHOLE)))
+    share = None
+    if constants["PDL"]:  # neighbours may overlap: of one sequence, what its programs need; of more, what the kernels beside have
+        wanted = -(-G * parts // multiprocessors) * (shared + SLACK) if batch == 1 else WHOLE
+        share = min(100, -(-100 * wanted // WHOLE))
+    return Launch((G, parts), constants, tile["num_warps"], tile["num_stages"], shared=share)
 
 
 def decode_rule(batch: int, max_context: int, *, G: int, R: int, width: int, multiprocessors: int) -> dict[str, int]:

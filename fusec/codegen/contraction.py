@@ -160,7 +160,8 @@ class Contraction:
 
     @property
     def streams(self) -> bool:
-        """Whether x goes from memory to the tensor cores as it is, and else only into reductions that read x alone."""
+        """Whether x, or the rows picked for it, go from memory to the tensor cores as they are, and else only into reductions
+        that read x alone."""
         read = {v for o in self.body.outputs for v in cone(o, lambda v: v is self.anchor or v in self.beside)}
         if not self.stored or self.x.dtype != "x" or self.before or self.x in read:
             return False

@@ -133,9 +133,11 @@ class Builder:
             function = Function(label, [p for p, _ in params], [], [], kernel)
             for source in sources:
                 final = f"{label}_{source.form}" if len(sources) > 1 else label
-                for helper in re.findall(rf"def ({source.name}_\w+)\(", source.text):
-                    source.text = rename(source.text, helper, final + helper.removeprefix(source.name))
-                source.text = re.sub(rf"\b{source.name}(?=_\w+\b[(,])", final, rename(source.text, source.name, final))
+                helpers = re.findall(rf"def ({source.name}_\w+)\(", source.text)
+                source.text = rename(source.text, source.name, final)
+                for helper in helpers:
+                    its = final + helper.removeprefix(source.name)
+                    source.text = re.sub(rf"\b{helper}\b", its, rename(source.text, helper, its))
                 function.launch = [
                     line.replace(f"kernels.{source.name}[", f"kernels.{final}[") for line in (function.launch or launch)
                 ]

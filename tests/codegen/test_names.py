@@ -1,6 +1,7 @@
 """A program's fields may be called what generated code calls things of its own, or what Python reserves."""
 
 import ast
+import builtins
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from program_checks import EXAMPLES
 
 from fusec.compiler import compile
 
-NAMES = ("out", "lambda", "product", "stats", "a", "step", "kernels", "torch", "m")
+NAMES = ("out", "lambda", "product", "stats", "a", "step", "kernels", "torch", "m", "kernel", "share_memory", "kernel_stream")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -24,3 +25,19 @@ def test_field(field, name):
             assert function.name not in taken | {"step"} or function.name == "step" and names == ["m", "b"]
     weights = {line.split("def ")[1].split("(")[0]: line for line in module.program_py.splitlines() if line.startswith("def ")}
     assert all(line.count(" out,") + line.count(" out)") <= 1 for line in weights.values())
+
+
+@pytest.mark.parametrize("name", ["kernel_gemv", "kernel_skinny", "kernel_stream", "kernel_stream_copies", "tiles", "done"])
+def test_every_name_of_a_kernel_is_known(name):
+    """Kernels are written under a name of their form, and get their own later: a field may be called like it."""
+    source = re.sub(r"\bo_proj\b", name, (EXAMPLES / "llama.fuse").read_text(encoding="utf-8"))
+    module = compile(source, {"num_hidden_layers": 1, "tie_word_embeddings": False}).module
+    tree = ast.parse(module.kernels_py)
+    known = set(dir(builtins)) | {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    known |= {alias.asname or alias.name for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom) for alias in n.names}
+    known |= {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets}
+    for function in (n for n in tree.body if isinstance(n, ast.FunctionDef)):
+        uses = [n for n in ast.walk(function) if isinstance(n, ast.Name)]
+        own = {a.arg for a in function.args.args} | {n.id for n in uses if isinstance(n.ctx, ast.Store)}
+        unknown = {n.id for n in uses} - own - known
+        assert not unknown, f"{function.name} reads {', '.join(sorted(unknown))}"

@@ -74,13 +74,15 @@ else:
 
     def test_decode_attention_wants_the_shared_memory_that_its_programs_need():
         heads = dict(G=8, R=4, K=128, J=128, page=16, gpu="nobody's table")
-        short, long, several = (decode_launch(*size, **heads) for size in ((1, 1024), (1, 32768), (8, 1024)))
+        sizes = (1, 1024), (1, 32768), (8, 1024)
+        short, long, several = (decode_launch(*size, **heads, pdl=True) for size in sizes)
         for launch, each in ((short, 1), (long, 4)):  # programs a multiprocessor
             constants = launch.constants
             tile = 2 * constants["BLOCK_N"] * 128 * 2 * (launch.num_stages - 1)
             assert -(-launch.grid[0] * launch.grid[1] // 132) == each
             assert each * tile < launch.shared * WHOLE // 100 < each * (tile + 16384)
         assert several.shared == 100  # as the kernels beside it
+        assert decode_launch(1, 1024, **heads).shared is None  # where nothing overlaps, the driver knows best
 
     @pytest.mark.parametrize("leaves", (1, 2, 4))
     def test_streams_leave_registers_for_as_many_programs_as_there_is_memory_for(leaves):

@@ -729,6 +729,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
                   GIVEN: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:36   o_proj(attend[K, mask=mask, score=softcap[score_cap], scale=scale](q, cache(k), cache(v), pos))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 2304
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1006,6 +1007,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial
                         STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma2.fuse:43   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 9216
     LEAVES: gl.constexpr = 2
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1267,6 +1269,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
                      GIVEN: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:43   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 2304
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1572,6 +1575,7 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, cos_ptr, sin_ptr, 
     # gemma2.fuse:34   k = rope[K](k_proj(x), pos, freqs)
     # gemma2.fuse:35   v = v_proj(x)
     # gemma2.fuse:36   o_proj(attend[K, mask=mask, score=softcap[score_cap], scale=scale](q, cache(k), cache(v), pos))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 2048
     LEAVES: gl.constexpr = 2
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N

@@ -750,6 +750,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
                   GIVEN: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:41   o_proj(attend[K, mask=window[W] if local else causal, scale=scale](q, cache(k), cache(v), pos))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 1152
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1028,6 +1029,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial
                         STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:48   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 6912
     LEAVES: gl.constexpr = 2
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1291,6 +1293,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
                      GIVEN: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:48   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 1152
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1566,6 +1569,7 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, out0_ptr, out1_ptr
     # gemma3.fuse:39   k = rope[K](k_norm(k_proj(x)), pos, near if local else whole)
     # gemma3.fuse:40   v = v_proj(x)
     # gemma3.fuse:41   o_proj(attend[K, mask=window[W] if local else causal, scale=scale](q, cache(k), cache(v), pos))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 1536
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N

@@ -583,6 +583,7 @@ def c_proj_stream(c_proj_tiles, attended_tiles, x_ptr, c_proj_bias_ptr, out_ptr,
                   STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
     # gpt2.fuse:22   c_proj(attend[K](q, cache(k), cache(v), pos))
     # gpt2.fuse:36   h = x + attn(ln_1(x), pos)
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 768
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1006,6 +1007,7 @@ def c_proj_2_stream(c_proj_tiles, x_tiles, x_2_ptr, c_proj_bias_ptr, out_ptr, pa
                     STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
     # gpt2.fuse:28   c_proj(gelu_tanh(c_fc(x)))
     # gpt2.fuse:37   h + mlp(ln_2(h))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 768
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N

@@ -190,6 +190,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
     # mistral.fuse:29   v = v_proj(x)
     # mistral.fuse:30   o_proj(attend[K, mask=mask](q, cache(k), cache(v), pos))
     # mistral.fuse:45   h = x + self_attn(input_layernorm(x), pos)
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 3072
     LEAVES: gl.constexpr = 2
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -884,6 +885,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
                   GIVEN: tl.constexpr, PDL: tl.constexpr):
     # mistral.fuse:30   o_proj(attend[K, mask=mask](q, cache(k), cache(v), pos))
     # mistral.fuse:45   h = x + self_attn(input_layernorm(x), pos)
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 4096
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1131,6 +1133,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
                         STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
     # mistral.fuse:37   down_proj(silu(gate_proj(x)) * up_proj(x))
     # mistral.fuse:46   h + mlp(post_attention_layernorm(h))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 14336
     LEAVES: gl.constexpr = 2
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1445,6 +1448,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
                      GIVEN: tl.constexpr, PDL: tl.constexpr):
     # mistral.fuse:37   down_proj(silu(gate_proj(x)) * up_proj(x))
     # mistral.fuse:46   h + mlp(post_attention_layernorm(h))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 4096
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1679,6 +1683,7 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
                    GIVEN: tl.constexpr, PDL: tl.constexpr):
     # mistral.fuse:46   h + mlp(post_attention_layernorm(h))
     # mistral.fuse:56   lm_head(norm(x))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 32000
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N

@@ -144,6 +144,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, out0_ptr, out1_ptr, v_cache_ptr
     # olmo2.fuse:33   k = rope[K](k_norm(k_proj(x)), pos, freqs)
     # olmo2.fuse:34   v = v_proj(x)
     # olmo2.fuse:35   o_proj(attend[K](q, cache(k), cache(v), pos))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 12288
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -723,6 +724,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
                   GIVEN: tl.constexpr, PDL: tl.constexpr):
     # olmo2.fuse:35   o_proj(attend[K](q, cache(k), cache(v), pos))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 4096
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -986,6 +988,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
                         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
                         GIVEN: tl.constexpr, PDL: tl.constexpr):
     # olmo2.fuse:42   down_proj(silu(gate_proj(x)) * up_proj(x))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 11008
     LEAVES: gl.constexpr = 2
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1233,6 +1236,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
                      GIVEN: tl.constexpr, PDL: tl.constexpr):
     # olmo2.fuse:42   down_proj(silu(gate_proj(x)) * up_proj(x))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 4096
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1504,6 +1508,7 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
     # olmo2.fuse:22   f32(weight) * h * rsqrt(mean[I](h^2) + eps) as x
     # olmo2.fuse:51   h + post_feedforward_layernorm(mlp(h))
     # olmo2.fuse:61   lm_head(norm(x))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 100352
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N

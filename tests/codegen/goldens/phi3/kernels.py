@@ -190,6 +190,7 @@ def qkv_proj_stream(qkv_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_cache_
     # phi3.fuse:26   q, k = rope[K](q, pos, freqs), rope[K](k, pos, freqs)
     # phi3.fuse:27   o_proj(attend[K, mask=mask](q, cache(k), cache(v), pos))
     # phi3.fuse:42   h = x + self_attn(input_layernorm(x), pos)
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 4608
     LEAVES: gl.constexpr = 2
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -879,6 +880,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
                   GIVEN: tl.constexpr, PDL: tl.constexpr):
     # phi3.fuse:27   o_proj(attend[K, mask=mask](q, cache(k), cache(v), pos))
     # phi3.fuse:42   h = x + self_attn(input_layernorm(x), pos)
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 3072
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1128,6 +1130,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
     # phi3.fuse:33   gate, up = gate_up_proj(x)
     # phi3.fuse:34   down_proj(silu(gate) * up)
     # phi3.fuse:43   h + mlp(post_attention_layernorm(h))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 8192
     LEAVES: gl.constexpr = 2
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1446,6 +1449,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
                      GIVEN: tl.constexpr, PDL: tl.constexpr):
     # phi3.fuse:34   down_proj(silu(gate) * up)
     # phi3.fuse:43   h + mlp(post_attention_layernorm(h))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 3072
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1680,6 +1684,7 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
                    GIVEN: tl.constexpr, PDL: tl.constexpr):
     # phi3.fuse:43   h + mlp(post_attention_layernorm(h))
     # phi3.fuse:53   lm_head(norm(x))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 32064
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N

@@ -201,6 +201,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, q_proj_bias_ptr, cos_ptr, q_pro
     # qwen2.fuse:31   v = v_proj(x)
     # qwen2.fuse:32   o_proj(attend[K, scale=scale](q, cache(k), cache(v), pos))
     # qwen2.fuse:47   h = x + self_attn(input_layernorm(x), pos)
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 2304
     LEAVES: gl.constexpr = 2
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -923,6 +924,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
                   GIVEN: tl.constexpr, PDL: tl.constexpr):
     # qwen2.fuse:32   o_proj(attend[K, scale=scale](q, cache(k), cache(v), pos))
     # qwen2.fuse:47   h = x + self_attn(input_layernorm(x), pos)
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 3584
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1170,6 +1172,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
                         STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
     # qwen2.fuse:39   down_proj(silu(gate_proj(x)) * up_proj(x))
     # qwen2.fuse:48   h + mlp(post_attention_layernorm(h))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 18944
     LEAVES: gl.constexpr = 2
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1485,6 +1488,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
                      GIVEN: tl.constexpr, PDL: tl.constexpr):
     # qwen2.fuse:39   down_proj(silu(gate_proj(x)) * up_proj(x))
     # qwen2.fuse:48   h + mlp(post_attention_layernorm(h))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 3584
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1719,6 +1723,7 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
                    GIVEN: tl.constexpr, PDL: tl.constexpr):
     # qwen2.fuse:48   h + mlp(post_attention_layernorm(h))
     # qwen2.fuse:58   lm_head(norm(x))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 152064
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N

@@ -159,6 +159,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, out0_ptr, out1_ptr, v_cache_ptr
     # qwen3.fuse:33   v = v_proj(x)
     # qwen3.fuse:34   o_proj(attend[K, scale=scale](q, cache(k), cache(v), pos))
     # qwen3.fuse:49   h = x + self_attn(input_layernorm(x), pos)
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 6144
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -869,6 +870,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
                   GIVEN: tl.constexpr, PDL: tl.constexpr):
     # qwen3.fuse:34   o_proj(attend[K, scale=scale](q, cache(k), cache(v), pos))
     # qwen3.fuse:49   h = x + self_attn(input_layernorm(x), pos)
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 4096
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1116,6 +1118,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
                         STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
     # qwen3.fuse:41   down_proj(silu(gate_proj(x)) * up_proj(x))
     # qwen3.fuse:50   h + mlp(post_attention_layernorm(h))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 12288
     LEAVES: gl.constexpr = 2
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1430,6 +1433,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
                      GIVEN: tl.constexpr, PDL: tl.constexpr):
     # qwen3.fuse:41   down_proj(silu(gate_proj(x)) * up_proj(x))
     # qwen3.fuse:50   h + mlp(post_attention_layernorm(h))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 4096
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
@@ -1664,6 +1668,7 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
                    GIVEN: tl.constexpr, PDL: tl.constexpr):
     # qwen3.fuse:50   h + mlp(post_attention_layernorm(h))
     # qwen3.fuse:60   lm_head(norm(x))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 151936
     LEAVES: gl.constexpr = 1
     BLOCKS_N: gl.constexpr = (ROWS + BLOCK_N - 1) // BLOCK_N
