@@ -300,7 +300,7 @@ class Tuner:
     def make_stats(self, function, tokens: int, values: dict) -> None:
         """Launches the kernel of the row reductions, as the program does before a stream that is GIVEN them."""
         stats = next(s for s in function.sources if s.form == "stats")
-        arguments = [self.program.stats(tokens, 1) if p == "stats_ptr" else self.value(values, p) for p in stats.roles]
+        arguments = [self.value(values, p) for p in stats.roles]
         kernel = getattr(self.program.program.kernels, stats.name)
         kernel[(-(-tokens // 4),)](*arguments, tokens, BLOCK_M=4, BLOCK_K=stats.facts["block_k"], PDL=True, num_warps=4,
                                    launch_pdl=True)

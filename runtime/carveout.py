@@ -1,7 +1,7 @@
 """How a multiprocessor splits its memory between L1 and shared memory, kernel by kernel.
 
-A multiprocessor must drain before it changes the split, so that a kernel which wants another one than its neighbours cannot
-overlap them (CUDA C++ Programming Guide, "Shared memory", compute capability 9.0).
+A kernel that prefers another split than the one before it "may insert a device-side synchronization point" (CUDA Driver API,
+cuFuncSetCacheConfig): neighbours that want different ones do not overlap.
 """
 
 from __future__ import annotations

@@ -19,8 +19,6 @@ from fusec.runtime.hub import cache_folder
 from fusec.runtime.program import cache_bytes, cache_sizes
 from fusec.runtime.weights import Loader, prepare
 
-MOST_STREAMED = 128  # rows of a stream, so that one buffer serves all captured graphs
-
 
 class TritonProgram:
     """See Program. Generated code finds here what it names: `weights`, `caches`, buffers as attributes, `block_size`, `scratch`,
@@ -89,8 +87,14 @@ class TritonProgram:
     def picked(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Those rows of x one after another, for the bulk copy engine, until the next call.  x: [T, K].  rows: int32 [N]."""
         count, columns = len(rows), x.shape[1]
-        whole = self._take("picked", max(count, MOST_STREAMED) * columns, x.dtype)
+        whole = self._take("picked", max(count * columns, self.most_picked), x.dtype)  # one buffer, as `product`
         return torch.index_select(x, 0, rows, out=whole[: count * columns].view(count, columns))
+
+    @functools.cached_property
+    def most_picked(self) -> int:
+        """Elements of the largest x that is picked for a stream."""
+        streams = [s.facts for f in self.module.functions for s in f.sources if s.form == "stream" and s.facts["picked"]]
+        return max((tile.tokens * facts["k"] for facts in streams for tile in facts["tiles"]), default=0)
 
     def _take(self, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
         kept = self._growing.get(name)

@@ -87,9 +87,7 @@ def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
                 continue
             for given in (False, True) if beside and tokens >= 64 else (False,):
                 tile = schedule.Stream(tokens, n, bk, splits, warps, stages, given)
-                held = n * leaves * tokens // (32 * warps) + 56  # registers: accumulators, and what else there is
-                if held <= (tile.registers(leaves) * (warps + 4) - 4 * 40) // warps and tile not in found:
-                    found.append(tile)
+                found += [tile] if tile.fits(leaves) and tile not in found else []
     found.sort(key=lambda t: (-t.stages * t.block_k * (leaves * t.block_n + tokens), t.block_n != 64, t.splits))
     return found[:MOST]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..ir.graph import Value
 from ..passes.analysis import axis
+from . import schedule
 from .contraction import Contraction
 from .expressions import Index, coordinates, strip, term
 from .writer import REDUCE, Source, Writer, define, environment, partition, share, tidy
@@ -18,6 +19,7 @@ class Form:
     reduce: the axis along which a tile of x is reduced, and how the result is spread again.  tiles: launch constants.  many:
     whether a program works on several tokens.  multiplies: whether it contracts (or the vendor's matmul does).  scratch: pointers
     it takes.  gluon: whether it is written in Gluon, with tiles of the weight and of x described to the bulk copy engine.
+    bounds: the first and the last row of a tile.
     """
 
     reduce: str
@@ -26,6 +28,7 @@ class Form:
     multiplies: bool = True
     scratch: tuple[str, ...] = ()
     gluon: bool = False
+    bounds: tuple[str, str] = ("tl.min(n)", "tl.max(n)")
 
 
 FORMS = {
@@ -34,7 +37,7 @@ FORMS = {
         "0)[None, :]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS", "STAGES", "PDL"), scratch=("partial", "arrivals")
     ),
     "stream": Form("1)", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS", "STAGES", "GIVEN", "PDL"),
-                   scratch=("partial", "arrivals", "stats"), gluon=True),
+                   scratch=("partial", "arrivals", "stats"), gluon=True, bounds=("n_0", "n_0 + BLOCK_N - 1")),
     "matmul": Form("1)[:, None]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "STAGES", "PDL")),
     "stats": Form("1)[:, None]", ("BLOCK_M", "BLOCK_K", "PDL"), multiplies=False, scratch=("stats",)),
     "epilogue": Form("1)[:, None]", ("BLOCK_M", "BLOCK_N", "PDL"), multiplies=False, scratch=("product", "stats")),
@@ -109,6 +112,7 @@ class ContractionWriter(Writer):
             "early": early,
             "epilogue": epilogue,
             "ys": ", ".join(ys),
+            "copy_registers": schedule.COPY_REGISTERS,
             "results": ", ".join(results) if len(results) > 1 else f"({results[0]},)",
             "precision": ', input_precision="ieee"' if self.dtype == "float32" else "",
         }
@@ -261,7 +265,8 @@ class ContractionWriter(Writer):
             self.chunk(segment, chunk, masks, lines)
         lines = tidy(lines)
         if len(self.parts.segments) > 1 and self.many:  # most tiles lie in one segment
-            bounds = [f"(tl.max(n) >= {first})"] * (first > 0) + [f"(tl.min(n) < {last})"] * (last < self.parts.n)
+            low, high = self.shape.bounds
+            bounds = [f"({high} >= {first})"] * (first > 0) + [f"({low} < {last})"] * (last < self.parts.n)
             return [f"if {strip(' & '.join(bounds))}:", *["    " + line for line in lines]]
         return lines
 
@@ -286,8 +291,7 @@ class ContractionWriter(Writer):
 
 
 def in_gluon(line: str) -> str:
-    """A line of Triton in Gluon, which has the same functions under its own name; a tile's rows lie between two numbers."""
-    line = line.replace("tl.max(n)", "n_0 + BLOCK_N - 1").replace("tl.min(n)", "n_0")
+    """A line of Triton in Gluon, which has the same functions under its own name."""
     return line.replace("tl.sigmoid(", "sigmoid(").replace("tl.", "gl.")
 
 

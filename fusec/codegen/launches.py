@@ -247,10 +247,10 @@ def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: 
         pointers.append(name)
     arguments = ", ".join([*pointers, *([tokens] if tokens else [])])
     sizes = ", ".join(f"{k}={v}" for k, v in constants.items())
-    limit = f", maxnreg={registers}" if registers else ""
-    gap = "\n    " if registers else " "  # a longer line than most
-    lines = f"{arguments},\n    {sizes},{gap}PDL=PDL, num_warps={warps}{limit}, launch_pdl=PDL)"
-    return [f"kernels.{source.name}[{grid}](", *f"    {lines}".split("\n")]
+    lines = [f"kernels.{source.name}[{grid}](", f"    {arguments},"]
+    if registers:
+        return [*lines, f"    {sizes},", f"    PDL=PDL, num_warps={warps}, maxnreg={registers}, launch_pdl=PDL)"]
+    return [*lines, f"    {sizes}, PDL=PDL, num_warps={warps}, launch_pdl=PDL)"]
 
 
 def call_stats(stats: Source, rows: str) -> list[str]:

@@ -61,14 +61,23 @@ class Stream:
         """The fewest tokens it is for: fewer have a narrower tile."""
         return 2 if self.tokens == 16 else self.tokens // 2 + 1
 
+    def accumulators(self, leaves: int) -> int:
+        """float32 numbers of a thread that multiplies."""
+        return leaves * self.block_n * self.block_m // (32 * self.num_warps)
+
     def registers(self, leaves: int) -> int:
         """Registers a thread, no more than it needs, so that a neighbouring kernel finds room beside this one, and few enough for
-        as many programs as there is shared memory for. Four warps are there for the copies; they leave most of theirs to the
-        others."""
-        accumulators = leaves * self.block_n * self.block_m // (32 * self.num_warps)
+        as many programs as there is shared memory for."""
         ring = self.stages * (leaves * self.block_n + self.block_m) * self.block_k * 2
         rooms = max(1, min(4, SHARED // (ring + 2048)))
-        return min(accumulators + max(72, self.block_m), REGISTERS // (32 * (self.num_warps + 4) * rooms)) // 8 * 8
+        most = REGISTERS // (32 * (self.num_warps + COPY_WARPS) * rooms)
+        return min(self.accumulators(leaves) + max(72, self.block_m), most) // 8 * 8
+
+    def fits(self, leaves: int) -> bool:
+        """Whether the threads that multiply have registers for their accumulators and what else there is, once the warps of the
+        copies have left them most of theirs."""
+        given = self.registers(leaves) * (self.num_warps + COPY_WARPS) - COPY_REGISTERS * COPY_WARPS
+        return self.accumulators(leaves) + 56 <= given // self.num_warps
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,7 @@ def vendor_from(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DE
 VENDOR_FROM = 256
 SHARED = 227 << 10  # bytes of a multiprocessor's memory that its programs may share
 REGISTERS = 65536  # of a multiprocessor
+COPY_WARPS, COPY_REGISTERS = 4, 40  # of a stream's program for the copies, of which one works; registers of their threads
 HALF = 110 << 10  # bytes of shared memory of which a multiprocessor has room for two
 MULTIPROCESSORS = 132
 

@@ -74,11 +74,13 @@ def test_the_head_streams_the_rows_it_wants():
     assert "tiles(m.picked(x, rows), 1024, 16," in launch and head.params[0] == "m"
     stream = next(s for s in head.sources if s.form == "stream")
     assert stream.facts["picked"] == "rows" and "rows_ptr" not in stream.roles
+    most = TritonProgram.most_picked.func(SimpleNamespace(module=module))
+    assert most == 1024 * max(tile.tokens for tile in stream.facts["tiles"])
 
 
 def test_picked_rows_lie_one_after_another():
     x, rows = torch.randn(9, 12), torch.tensor([3, 8, 3], dtype=torch.int32)
-    program = SimpleNamespace(_growing={}, device="cpu")
+    program = SimpleNamespace(_growing={}, device="cpu", most_picked=16 * 12)
     program._take = lambda *size: TritonProgram._take(program, *size)
     picked = TritonProgram.picked(program, x, rows)
     assert torch.equal(picked, x[rows.long()]) and picked.is_contiguous()
