@@ -112,6 +112,7 @@ class ContractionWriter(Writer):
             "early": early,
             "epilogue": epilogue,
             "ys": ", ".join(ys),
+            "scatters": len(parts.segments) > 1,
             "copy_registers": schedule.COPY_REGISTERS,
             "results": ", ".join(results) if len(results) > 1 else f"({results[0]},)",
             "precision": ', input_precision="ieee"' if self.dtype == "float32" else "",

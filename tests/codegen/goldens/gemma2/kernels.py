@@ -1614,9 +1614,6 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, cos_ptr, sin_ptr, 
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1632,6 +1629,16 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, cos_ptr, sin_ptr, 
             y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
             y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # Results go to several places, each of many tokens with its own arithmetic of rows and its own loads: a thread then has eight
+    # neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1]) if BLOCK_M >= 64 else Y
+    y0 = gl.convert_layout(y0, Z)
+    y1 = gl.convert_layout(y1, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     rsqrt = gl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(gl.float32)
     if n_0 < 1024:
         inside = n < 1024

@@ -50,13 +50,10 @@ def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, part
             PDL=PDL, num_warps=4, maxnreg=136, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
         stats = m.stats(T, 1)
-        kernels.q_k_v_proj_stats[(triton.cdiv(T, 4),)](
-            x, stats, T,
-            BLOCK_M=4, BLOCK_K=1024, PDL=PDL, num_warps=4, launch_pdl=PDL)
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(3072, 64), 2)](
             tiles(q_k_v_proj, 4096, 64, 64), tiles(x[:T], 4096, 128, 64), cos, sin, out, k_cache, slots, v_cache,
             partial, arrivals, stats, T,
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=6, GIVEN=True, SPLITS=2,
+            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=6, GIVEN=False, SPLITS=2,
             PDL=PDL, num_warps=8, maxnreg=168, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3072, 64), 5)](
@@ -278,13 +275,13 @@ def lm_head(m, N, lm_head, rows, x, out, partial, arrivals):
         kernels.lm_head_stream[(triton.cdiv(N, 64) * triton.cdiv(128256, 128), 1)](
             tiles(lm_head, 4096, 128, 128), tiles(m.picked(x, rows), 4096, 64, 128), out, partial, arrivals, stats, N,
             BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=8, maxnreg=104, launch_pdl=PDL)
+            PDL=PDL, num_warps=4, maxnreg=136, launch_pdl=PDL)
     elif HOPPER and 65 <= N <= 128:
         stats = m.stats(N, 1)
         kernels.lm_head_stream[(triton.cdiv(N, 128) * triton.cdiv(128256, 128), 1)](
             tiles(lm_head, 4096, 128, 64), tiles(m.picked(x, rows), 4096, 128, 64), out, partial, arrivals, stats, N,
-            BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=6, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=8, maxnreg=168, launch_pdl=PDL)
+            BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=3, GIVEN=False, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=128, launch_pdl=PDL)
     elif N <= 16:
         kernels.lm_head_skinny[(triton.cdiv(N, 16) * triton.cdiv(128256, 64), 1)](
             lm_head, rows, x, out, partial, arrivals, N,

@@ -229,12 +229,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
-    if GIVEN:
-        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
-    else:
+    if not GIVEN:
         mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
@@ -261,6 +256,20 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
         gl.store(arrivals_ptr + tile, 0)
     if not GIVEN:
         mean = mean / 4096
+
+    # Results go to several places, each of many tokens with its own arithmetic of rows and its own loads: a thread then has eight
+    # neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1]) if BLOCK_M >= 64 else Y
+    y0 = gl.convert_layout(y0, Z)
+    y1 = gl.convert_layout(y1, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    if GIVEN:
+        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
+    else:
+        mean = gl.convert_layout(mean, Z)
     v = mean + 1e-05
     rsqrt = gl.rsqrt(v)
     if n_0 < 2048:

@@ -50,13 +50,10 @@ def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, part
             PDL=PDL, num_warps=4, maxnreg=136, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
         stats = m.stats(T, 1)
-        kernels.q_k_v_proj_stats[(triton.cdiv(T, 4),)](
-            x, stats, T,
-            BLOCK_M=4, BLOCK_K=1024, PDL=PDL, num_warps=4, launch_pdl=PDL)
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(3072, 64), 2)](
             tiles(q_k_v_proj, 4096, 64, 64), tiles(x[:T], 4096, 128, 64), cos, sin, out, k_cache, slots, v_cache,
             partial, arrivals, stats, T,
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=6, GIVEN=True, SPLITS=2,
+            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=6, GIVEN=False, SPLITS=2,
             PDL=PDL, num_warps=8, maxnreg=168, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3072, 64), 5)](

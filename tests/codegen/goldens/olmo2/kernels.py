@@ -183,9 +183,6 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, out0_ptr, out1_ptr, v_cache_ptr
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -198,6 +195,15 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, out0_ptr, out1_ptr, v_cache_ptr
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+
+    # Results go to several places, each of many tokens with its own arithmetic of rows and its own loads: a thread then has eight
+    # neighbours along n, so that it reads and writes them at once.
+    LANES: gl.constexpr = BLOCK_N // 8
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1]) if BLOCK_M >= 64 else Y
+    y0 = gl.convert_layout(y0, Z)
+    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     if n_0 < 4096:
         inside = n < 4096
         gl.store(out0_ptr + t.to(gl.int64) * 4096 + n, y0, mask=inside & t_mask)
