@@ -54,8 +54,8 @@ def test_published_sizes():
 
 
 def test_a_case_relates_bytes_to_what_was_read():
-    found = case("m", 2, 512, tpot_ms=4.0, step_ms=2.0, moved=4_000_000_000, read_gbps=4000.0)
-    assert (found["GBps"], found["share"], found["step_share"], found["tok_s"]) == (1000.0, 0.25, 0.5, 500.0)
+    found = case("m", 2, 512, tpot_ms=4.0, mean_ms=5.0, step_ms=2.0, moved=4_000_000_000, read_gbps=4000.0)
+    assert (found["GBps"], found["share"], found["step_share"], found["tok_s"]) == (1000.0, 0.25, 0.5, 400.0)
 
 
 def run(*arguments):
@@ -187,6 +187,14 @@ def test_small_weights_are_copied_until_they_leave_the_cache(monkeypatch):
     assert len(kernels.rotate(program, calls, 1)) == kernels.MOST_LAUNCHES
 
 
+def test_a_token_takes_the_median_of_steps_and_the_rate_is_of_the_mean(monkeypatch):
+    llm = make_llm(TINY, device=torch.device("cpu"), dtype="float32", batch=2, longest=64, budget=16)
+    ticks = iter([0.0, 1.0, 2.0, 3.0, 13.0, 14.0, 15.0, 16.0, *range(17, 99)])  # one step took ten times as long
+    monkeypatch.setattr(decode.time, "perf_counter", lambda: next(ticks))
+    median, mean, _ = decode.time_per_token(llm, 2, 8, ramp(2, 8, 16) + 9)
+    assert median == 1000.0 and mean > 1500.0
+
+
 def test_a_kernel_is_held_against_the_nearer_limit():
     slow = kernels.case("decode", "o_proj", 32, 10.0, Traffic(weights=22_725_000), read=4545.0, peak=700.0)
     assert (slow["limit"], slow["share"], slow["step_us"]) == ("bandwidth", 0.5, 320.0)
@@ -208,8 +216,8 @@ def test_only_steps_in_which_all_decode_are_timed(batch, context, monkeypatch):
     llm.engine.runner.launch = launch
     monkeypatch.setattr(decode.time, "perf_counter", lambda: float(next(ticks)))
     count = ramp(batch, context, budget) + 9
-    milliseconds, had = decode.time_per_token(llm, batch, context, count)
-    assert milliseconds == 1000.0  # a tick a step: no other step lies between
+    milliseconds, mean, had = decode.time_per_token(llm, batch, context, count)
+    assert milliseconds == mean == 1000.0  # a tick a step: no other step lies between
     assert sum(alone) >= 9
     assert count / 2 - 1 <= had <= count
     assert "step" not in vars(llm.engine)  # nothing is left behind

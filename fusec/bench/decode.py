@@ -1,7 +1,9 @@
 """Decoding: the time of an output token, in `generate` as a user calls it and of a step on the device alone.
 
-    tpot_ms      from the first step that gives every sequence a token to the last one, by their number: by the clock on the wall,
-                 when `generate` is handed a step's tokens, with scheduling and sampling
+    tpot_ms      from one step that gives every sequence a token to the next, the median: by the clock on the wall, when
+                 `generate` is handed a step's tokens, with scheduling and sampling
+    mean_ms      the mean of the same, with the host's pauses and with steps that the prompts before them slow down
+    tok_s        tokens a second, of all sequences, by mean_ms
     step_ms      a replay of the engine's own captured step (forward, sample, advance), by events on the device
     bytes        what a step must read: every weight once, and each sequence's history, halfway between those two steps
     GBps         bytes by tpot_ms
@@ -10,6 +12,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 
 from ..codegen.traffic import Step
@@ -19,8 +23,9 @@ from .shapes import config_of
 from .table import say
 
 COLUMNS = {"model": ("model", ""), "batch": ("batch", "d"), "context": ("context", "d"), "tpot_ms": ("tpot ms", ".4f"),
-           "step_ms": ("step ms", ".4f"), "tok_s": ("tok/s", ".1f"), "bytes": ("bytes", ",d"), "GBps": ("GB/s", ".0f"),
-           "read_GBps": ("read GB/s", ".0f"), "share": ("share", ".1%"), "step_share": ("step share", ".1%")}
+           "mean_ms": ("mean ms", ".4f"), "step_ms": ("step ms", ".4f"), "tok_s": ("tok/s", ".1f"), "bytes": ("bytes", ",d"),
+           "GBps": ("GB/s", ".0f"), "read_GBps": ("read GB/s", ".0f"), "share": ("share", ".1%"),
+           "step_share": ("step share", ".1%")}
 
 
 def decode_bytes(compiled, batch: int, context: int) -> int:
@@ -51,11 +56,11 @@ def bench_decode(models: list[str], batches: list[int], contexts: list[int], *, 
             for batch in batches:
                 count = ramp(batch, context, budget) + steps
                 generate(llm, batch, context, count)  # captures the graphs of this batch
-                tpot, had = min(time_per_token(llm, batch, context, count) for _ in range(repeats))
+                tpot, mean, had = min(time_per_token(llm, batch, context, count) for _ in range(repeats))
                 halfway = context + round(had)
                 step = step_milliseconds(llm, batch, halfway)
                 moved = decode_bytes(compiled, batch, halfway)
-                cases.append(case(name, batch, context, tpot, step, moved, read))
+                cases.append(case(name, batch, context, tpot, mean, step, moved, read))
                 share = cases[-1]["share"]
                 say(f"{name}, batch {batch}, context {context}: {tpot:.3f} ms a token, {step:.3f} ms a step, {share:.1%}")
         del llm
@@ -63,10 +68,11 @@ def bench_decode(models: list[str], batches: list[int], contexts: list[int], *, 
     return {"command": "decode", **machine(chosen), "steps": steps, "read_GBps": round(read, 1), "cases": cases}
 
 
-def case(name, batch, context, tpot_ms, step_ms, moved, read_gbps) -> dict:
+def case(name, batch, context, tpot_ms, mean_ms, step_ms, moved, read_gbps) -> dict:
     gbps, step_gbps = moved / tpot_ms / 1e6, moved / step_ms / 1e6
-    return {"model": name, "batch": batch, "context": context, "tpot_ms": round(tpot_ms, 4), "step_ms": round(step_ms, 4),
-            "tok_s": round(batch / tpot_ms * 1e3, 1), "bytes": moved, "GBps": round(gbps, 1), "read_GBps": round(read_gbps, 1),
+    return {"model": name, "batch": batch, "context": context, "tpot_ms": round(tpot_ms, 4), "mean_ms": round(mean_ms, 4),
+            "step_ms": round(step_ms, 4), "tok_s": round(batch / mean_ms * 1e3, 1), "bytes": moved, "GBps": round(gbps, 1),
+            "read_GBps": round(read_gbps, 1),
             "share": round(gbps / read_gbps, 4), "step_share": round(step_gbps / read_gbps, 4)}
 
 
@@ -89,9 +95,9 @@ def ramp(batch: int, context: int, budget: int) -> int:
     return -(-batch * context // max(1, budget - batch)) + 1
 
 
-def time_per_token(llm, batch: int, context: int, count: int) -> tuple[float, float]:
-    """(milliseconds, tokens): of a step, by the wall, while all of `batch` sequences decode; and how many tokens a sequence had
-    halfway, on average."""
+def time_per_token(llm, batch: int, context: int, count: int) -> tuple[float, float, float]:
+    """(median, mean, tokens): milliseconds from step to step, by the wall, while all of `batch` sequences decode; and how many
+    tokens a sequence had halfway, on average."""
     seen, step = [], llm.engine.step
 
     def watched():
@@ -107,9 +113,10 @@ def time_per_token(llm, batch: int, context: int, count: int) -> tuple[float, fl
     seen = [(clock, tokens) for clock, tokens in seen if tokens]
     full = [number for number, (_, tokens) in enumerate(seen) if tokens == batch]
     first, last = full[0], full[-1]
-    milliseconds = (seen[last][0] - seen[first][0]) / (last - first) * 1e3
+    clocks = [clock for clock, _ in seen[first : last + 1]]
+    took = [(after - before) * 1e3 for before, after in itertools.pairwise(clocks)]
     given = [sum(tokens for _, tokens in seen[: number + 1]) for number in (first, last)]
-    return milliseconds, sum(given) / 2 / batch
+    return statistics.median(took), statistics.mean(took), sum(given) / 2 / batch
 
 
 def step_milliseconds(llm, batch: int, context: int) -> float:
