@@ -5,7 +5,7 @@
     mean_ms      the mean of the same, with the host's pauses and with steps that the prompts before them slow down
     tok_s        tokens a second, of all sequences, by mean_ms
     step_ms      a replay of the engine's own captured step (forward, sample, advance), by events on the device
-    bytes        what a step must read: every weight once, and each sequence's history, halfway between those two steps
+    bytes        what a step must read: every weight once, and each sequence's history, halfway through those steps
     GBps         bytes by tpot_ms
     share        GBps of the bandwidth that a plain reduction reads in the same run; step_share: by step_ms
 """
@@ -72,8 +72,7 @@ def case(name, batch, context, tpot_ms, mean_ms, step_ms, moved, read_gbps) -> d
     gbps, step_gbps = moved / tpot_ms / 1e6, moved / step_ms / 1e6
     return {"model": name, "batch": batch, "context": context, "tpot_ms": round(tpot_ms, 4), "mean_ms": round(mean_ms, 4),
             "step_ms": round(step_ms, 4), "tok_s": round(batch / mean_ms * 1e3, 1), "bytes": moved, "GBps": round(gbps, 1),
-            "read_GBps": round(read_gbps, 1),
-            "share": round(gbps / read_gbps, 4), "step_share": round(step_gbps / read_gbps, 4)}
+            "read_GBps": round(read_gbps, 1), "share": round(gbps / read_gbps, 4), "step_share": round(step_gbps / read_gbps, 4)}
 
 
 def generate(llm, batch: int, context: int, count: int) -> float:

@@ -24,8 +24,8 @@ from . import schedule
 from .schedule import SHARED, padded
 
 # Bytes of shared memory up to which Triton leaves a multiprocessor's split between L1 and shared memory alone. Beyond, it asks
-# for the largest share, and a multiprocessor drains before it changes the split, so that two kernels on different sides of
-# this limit do not overlap (docs/performance.md).
+# for the largest share, and to change the split may cost a wait: two kernels on different sides of this limit seem not to
+# overlap (inferred, not isolated: docs/performance.md).
 LITTLE = 48 << 10
 SLACK = 8 << 10  # bytes of a program beside its tiles of history: the query, scores, what Triton converts
 WHOLE = 228 << 10  # bytes of a multiprocessor's memory that can be shared memory

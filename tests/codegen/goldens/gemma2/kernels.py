@@ -767,9 +767,6 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -782,6 +779,9 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + row
     gl.store(out_ptr + t.to(gl.int64) * 2304 + n, y0, mask=t_mask)
 
 
@@ -1046,9 +1046,6 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1064,6 +1061,9 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial
             y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
             y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + row
     rsqrt = gl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(gl.float32)
     v = y0 * rsqrt
     v_2 = (v * 0.5) * (1 + (2 * sigmoid(2 * (0.7978845608028654 * (v + (0.044715 * ((v * v) * v))))) - 1))
@@ -1308,9 +1308,6 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1323,6 +1320,9 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + row
     gl.store(out_ptr + t.to(gl.int64) * 2304 + n, y0, mask=t_mask)
 
 
@@ -1630,15 +1630,17 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, cos_ptr, sin_ptr, 
             y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
 
-    # Results go to several places, each of many tokens with its own arithmetic of rows and its own loads: a thread then has eight
-    # neighbours along n, so that it reads and writes them at once.
+    # Results go to several places, each with its own addresses: from 64 tokens on a thread takes eight neighbours along n, which
+    # it reads and writes at once.
     LANES: gl.constexpr = BLOCK_N // 8
     Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1]) if BLOCK_M >= 64 else Y
     y0 = gl.convert_layout(y0, Z)
     y1 = gl.convert_layout(y1, Z)
-    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    t = t_0 + m
     t_mask = t < T
-    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    n = n_0 + row
     rsqrt = gl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(gl.float32)
     if n_0 < 1024:
         inside = n < 1024

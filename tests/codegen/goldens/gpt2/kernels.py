@@ -621,9 +621,6 @@ def c_proj_stream(c_proj_tiles, attended_tiles, x_ptr, c_proj_bias_ptr, out_ptr,
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -636,6 +633,9 @@ def c_proj_stream(c_proj_tiles, attended_tiles, x_ptr, c_proj_bias_ptr, out_ptr,
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + row
     x = gl.load(x_ptr + t * 768 + n, mask=t_mask, other=0).to(gl.float32)
     c_proj_bias = gl.load(c_proj_bias_ptr + n).to(gl.float32)
     gl.store(out_ptr + t.to(gl.int64) * 768 + n, x + (y0 + c_proj_bias), mask=t_mask)
@@ -1045,9 +1045,6 @@ def c_proj_2_stream(c_proj_tiles, x_tiles, x_2_ptr, c_proj_bias_ptr, out_ptr, pa
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1060,6 +1057,9 @@ def c_proj_2_stream(c_proj_tiles, x_tiles, x_2_ptr, c_proj_bias_ptr, out_ptr, pa
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + row
     x_2 = gl.load(x_2_ptr + t * 768 + n, mask=t_mask, other=0).to(gl.float32)
     c_proj_bias = gl.load(c_proj_bias_ptr + n).to(gl.float32)
     gl.store(out_ptr + t.to(gl.int64) * 768 + n, x_2 + (y0 + c_proj_bias), mask=t_mask)

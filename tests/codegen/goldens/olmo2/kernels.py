@@ -196,14 +196,16 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, out0_ptr, out1_ptr, v_cache_ptr
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
 
-    # Results go to several places, each of many tokens with its own arithmetic of rows and its own loads: a thread then has eight
-    # neighbours along n, so that it reads and writes them at once.
+    # Results go to several places, each with its own addresses: from 64 tokens on a thread takes eight neighbours along n, which
+    # it reads and writes at once.
     LANES: gl.constexpr = BLOCK_N // 8
     Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1]) if BLOCK_M >= 64 else Y
     y0 = gl.convert_layout(y0, Z)
-    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    t = t_0 + m
     t_mask = t < T
-    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    n = n_0 + row
     if n_0 < 4096:
         inside = n < 4096
         gl.store(out0_ptr + t.to(gl.int64) * 4096 + n, y0, mask=inside & t_mask)
@@ -768,9 +770,6 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -783,6 +782,9 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + row
     gl.store(out_ptr + t.to(gl.int64) * 4096 + n, y0, mask=t_mask)
 
 
@@ -1033,9 +1035,6 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1051,6 +1050,9 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
             y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
             y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + row
     gl.store(out_ptr + t.to(gl.int64) * 11008 + n, (y0 * (1 / (1 + gl.exp(-y0)))) * y1, mask=t_mask)
 
 
@@ -1281,9 +1283,6 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1296,6 +1295,9 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + row
     gl.store(out_ptr + t.to(gl.int64) * 4096 + n, y0, mask=t_mask)
 
 
@@ -1552,12 +1554,7 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
-    if GIVEN:
-        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
-    else:
+    if not GIVEN:
         mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
@@ -1581,6 +1578,11 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
         gl.store(arrivals_ptr + tile, 0)
     if not GIVEN:
         mean = mean / 4096
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + row
+    if GIVEN:
+        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
     v = mean + 1e-06
     rsqrt = gl.rsqrt(v)
     gl.store(out_ptr + t.to(gl.int64) * 100352 + n, y0 * rsqrt, mask=t_mask)

@@ -268,19 +268,21 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, q_proj_bias_ptr, cos_ptr, q_pro
     if not GIVEN:
         mean = mean / 3584
 
-    # Results go to several places, each of many tokens with its own arithmetic of rows and its own loads: a thread then has eight
-    # neighbours along n, so that it reads and writes them at once.
+    # Results go to several places, each with its own addresses: from 64 tokens on a thread takes eight neighbours along n, which
+    # it reads and writes at once.
     LANES: gl.constexpr = BLOCK_N // 8
     Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1]) if BLOCK_M >= 64 else Y
     y0 = gl.convert_layout(y0, Z)
     y1 = gl.convert_layout(y1, Z)
-    t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
+    row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    if not GIVEN:
+        mean = gl.convert_layout(mean, Z)
+    t = t_0 + m
     t_mask = t < T
-    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    n = n_0 + row
     if GIVEN:
         mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
-    else:
-        mean = gl.convert_layout(mean, Z)
     v = mean + 1e-06
     rsqrt = gl.rsqrt(v)
     if n_0 < 1792:
@@ -971,9 +973,6 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -986,6 +985,9 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + row
     x = gl.load(x_ptr + t * 3584 + n, mask=t_mask, other=0).to(gl.float32)
     gl.store(out_ptr + t.to(gl.int64) * 3584 + n, x + y0, mask=t_mask)
 
@@ -1220,12 +1222,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
-    if GIVEN:
-        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
-    else:
+    if not GIVEN:
         mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
@@ -1252,6 +1249,11 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
         gl.store(arrivals_ptr + tile, 0)
     if not GIVEN:
         mean = mean / 3584
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + row
+    if GIVEN:
+        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
     v = mean + 1e-06
     rsqrt = gl.rsqrt(v)
     v_2 = y0 * rsqrt
@@ -1536,9 +1538,6 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
     if SPLITS > 1:
         tiles = gl.num_programs(0)
         cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
@@ -1551,6 +1550,9 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
         for part in gl.static_range(SPLITS):
             y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + row
     x_2 = gl.load(x_2_ptr + t * 3584 + n, mask=t_mask, other=0).to(gl.float32)
     gl.store(out_ptr + t.to(gl.int64) * 3584 + n, x_2 + y0, mask=t_mask)
 
@@ -1770,12 +1772,7 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    t = t_0 + m
-    t_mask = t < T
-    n = n_0 + row
-    if GIVEN:
-        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
-    else:
+    if not GIVEN:
         mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
@@ -1799,6 +1796,11 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
         gl.store(arrivals_ptr + tile, 0)
     if not GIVEN:
         mean = mean / 3584
+    t = t_0 + m
+    t_mask = t < T
+    n = n_0 + row
+    if GIVEN:
+        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
     v = mean + 1e-06
     rsqrt = gl.rsqrt(v)
     gl.store(out_ptr + t.to(gl.int64) * 152064 + n, y0 * rsqrt, mask=t_mask)
