@@ -57,23 +57,23 @@ class Candidate:
     source: object = field(compare=False, repr=False)
 
 
-def constants(form: str, tiles) -> dict:
-    """A contraction kernel's launch constants."""
+def constants(form: str, tiles, leaves: int, reductions: int) -> dict:
+    """A contraction kernel's launch constants.  reductions: how many a row it makes."""
     table = {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "STAGES": tiles.stages}
     if form != "gemv":
         table["BLOCK_M"] = tiles.block_m
     if form in ("skinny", "stream"):
         table["SPLITS"] = tiles.splits
     if form == "stream":
-        table["GIVEN"] = tiles.given
+        table |= tiles.program(leaves, reductions).constants
     if form == "matmul":
         table["GROUP"] = tiles.group
     return table
 
 
-def launch_options(form: str, tiles, leaves: int) -> dict[str, int]:
+def launch_options(form: str, tiles, leaves: int, reductions: int) -> dict[str, int]:
     """What Triton is told of a contraction kernel's launch besides its constants."""
-    limit = {"maxnreg": tiles.registers(leaves)} if form == "stream" else {}
+    limit = {"maxnreg": tiles.program(leaves, reductions).registers} if form == "stream" else {}
     return {"num_warps": tiles.num_warps, **limit}
 
 
@@ -185,9 +185,8 @@ class Tuner:
         """Every candidate of a kernel, with the file of its source: one a set of masks."""
         parts, found, files = Contraction(function.kernel.attrs["body"]), [], {}
         shape = (parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
-        made = any(s.form == "stats" for s in function.sources)  # there is a kernel of the row reductions alone
         streams = parts.streams and self.program.program.HOPPER
-        for tiles in tiles_for(form, *shape, tokens, streams, len(parts.beside) if made else 0):
+        for tiles in tiles_for(form, *shape, tokens, streams, len(parts.beside)):
             kind = (form_of(tiles), bool(parts.k % tiles.block_k), bool(parts.n % tiles.block_n))
             if kind not in files:
                 name = f"{function.name}_{kind[0]}"
@@ -213,11 +212,13 @@ class Tuner:
         source = option.source
         launch = next(n for n in self.module.launches if n.function == function.name)
         values = self.values(function, launch, self.batch(1))
-        sizes = constants(option.form, option.tiles) | {"PDL": True}
+        facts = source.facts
+        leaves, reductions = facts["leaves"], facts["reductions"]
+        sizes = constants(option.form, option.tiles, leaves, reductions) | {"PDL": True}
         blocks = blocks_of(source, sizes)
-        kinds = {p: str(self.value(values, p).dtype).removeprefix("torch.") for p in source.roles}
-        pointers = [(kind, source.facts["k"], blocks[p]) if p in blocks else kind for p, kind in kinds.items()]
-        options = {**launch_options(option.form, option.tiles, source.facts["leaves"]), "launch_pdl": True}
+        kinds = {p: str(values[p.removesuffix("_ptr")].dtype).removeprefix("torch.") for p in source.roles}
+        pointers = [(kind, facts["k"], blocks[p]) if p in blocks else kind for p, kind in kinds.items()]
+        options = {**launch_options(option.form, option.tiles, leaves, reductions), "launch_pdl": True}
         return option.path, option.name, [*pointers, *([33] if option.form != "gemv" else [])], sizes, options
 
     def warm_attention(self, sequences: int) -> list[tuple]:
@@ -274,15 +275,14 @@ class Tuner:
     def launch(self, function, option: Candidate, tokens: int, values: dict) -> None:
         """Launches a candidate in the place of `function`. values: parameter of the launch function -> argument."""
         source, t = option.source, option.tiles
-        sizes = constants(option.form, t)
+        leaves, reductions = source.facts["leaves"], source.facts["reductions"]
+        sizes = constants(option.form, t, leaves, reductions)
         blocks = -(-source.facts["rows"] // t.block_n)
         if option.form == "gemv":
             grid = (blocks,)
         else:
             grid = (-(-tokens // t.block_m) * blocks, getattr(t, "splits", 1))
-        if getattr(t, "given", False):
-            self.make_stats(function, tokens, values)
-        arguments = [self.value(values, p) for p in source.roles]
+        arguments = [values[p.removesuffix("_ptr")] for p in source.roles]
         for pointer, block in blocks_of(source, sizes).items():
             at, bound = list(source.roles).index(pointer), None if pointer == source.facts["described"][0] else tokens
             x = arguments[at][:bound]
@@ -291,19 +291,7 @@ class Tuner:
             arguments[at] = in_tiles(x, source.facts["k"], *block)
         arguments += [tokens] if option.form != "gemv" else []
         kernel = getattr(load_kernels(option.path), option.name)
-        kernel[grid](*arguments, **sizes, PDL=True, **launch_options(option.form, t, source.facts["leaves"]), launch_pdl=True)
-
-    def value(self, values: dict, pointer: str):
-        """What a kernel's pointer is. The row reductions' buffer is the program's own."""
-        return self.program.stats(1, 1) if pointer == "stats_ptr" else values[pointer.removesuffix("_ptr")]
-
-    def make_stats(self, function, tokens: int, values: dict) -> None:
-        """Launches the kernel of the row reductions, as the program does before a stream that is GIVEN them."""
-        stats = next(s for s in function.sources if s.form == "stats")
-        arguments = [self.value(values, p) for p in stats.roles]
-        kernel = getattr(self.program.program.kernels, stats.name)
-        kernel[(-(-tokens // 4),)](*arguments, tokens, BLOCK_M=4, BLOCK_K=stats.facts["block_k"], PDL=True, num_warps=4,
-                                   launch_pdl=True)
+        kernel[grid](*arguments, **sizes, PDL=True, **launch_options(option.form, t, leaves, reductions), launch_pdl=True)
 
     def alone(self, function, form, tokens, options, futures, deadline) -> list[tuple[float, Candidate]]:
         """(µs a launch, candidate), the fastest first: over all layers in turn."""

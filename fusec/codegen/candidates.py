@@ -11,7 +11,7 @@ from .schedule import MULTIPROCESSORS, REGISTERS, SHARED
 
 FORMS = ("gemv", "skinny", "matmul")
 TOKENS = {"gemv": (1,), "skinny": (16, 32, 64, 128), "matmul": (4096,)}  # form -> numbers of tokens that have tiles of their own
-MOST = 36  # tiles of a shape and number of tokens
+MOST, MOST_STREAMS = 36, 72  # tiles of a shape and number of tokens
 
 
 def tiles_for(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens: int, streams=False, beside: int = 0) -> list:
@@ -68,7 +68,7 @@ def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
     """Rings of all of a multiprocessor's shared memory, or of a part, so that the next kernel finds room for its own; no second
     wave unless K is not split."""
     found = []
-    heights = (16, 32, 64) if tokens <= 32 else (64, 128)
+    heights = (16, 32, 64) if tokens <= 32 else (16, 32, 64, 128)
     widths = (64, 128, 256) if tokens <= 32 else (64, 128)
     parts = (SHARED, SHARED * 2 // 3, SHARED // 2)
     for n, bk, warps, room in itertools.product(heights, widths, (4, 8), parts):
@@ -85,11 +85,10 @@ def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
             idle = tiles * splits < 60 and splits < steps // 4
             if stages < 2 or (splits - 1) * share >= steps or tiles * splits > slots and splits > 1 or idle:
                 continue
-            for given in (False, True) if beside and tokens >= 64 else (False,):
-                tile = schedule.Stream(tokens, n, bk, splits, warps, stages, given)
-                found += [tile] if tile.fits(leaves) and tile not in found else []
+            tile = schedule.Stream(tokens, n, bk, splits, warps, stages)
+            found += [tile] if tile.program(leaves, beside).fits and tile not in found else []
     found.sort(key=lambda t: (-t.stages * t.block_k * (leaves * t.block_n + tokens), t.block_n != 64, t.splits))
-    return found[:MOST]
+    return found[:MOST_STREAMS]
 
 
 def matmul(rows, k, leaves, itemsize, tokens) -> list[schedule.Matmul]:

@@ -45,7 +45,7 @@ class Launches:
         plan = [("gemv", (schedule.gemv(*shape),)), ("skinny", schedule.skinny(*shape)), ("matmul", schedule.matmul(*shape))]
         streams = schedule.stream(*shape) if parts.streams else ()
         stats = None
-        if parts.beside and (vendor or any(t.given for t in streams)):  # the row reductions, by a kernel of their own
+        if parts.beside and vendor:  # the row reductions, by a kernel of their own
             block_k = min(1024, schedule.padded(parts.k))
             stats = contraction(kernel, "kernel_stats", "stats", comment, self.dtype, 1, block_k, parts)
         if streams:
@@ -60,7 +60,7 @@ class Launches:
             for t in tiles:
                 if form == "stream":
                     lines.append(f"elif HOPPER and {t.least} <= {rows} <= {t.tokens}:")
-                    lines += indent(self.launch(source, parts, rows, t, stats))
+                    lines += indent(self.launch(source, parts, rows, t))
                     continue
                 limit = 1 if form == "gemv" else t.tokens or vendor
                 if limit and limit <= reached:
@@ -75,21 +75,15 @@ class Launches:
             sources += tail
             lines += ["else:", *indent(text)]
         params = merge(*(s.roles for s in sources))
-        model = [("m", ("model",))] if vendor or streams and (parts.beside or parts.stored[1]) else []
+        model = [("m", ("model",))] if vendor or streams and parts.stored[1] else []
         return sources, lines, [*model, (rows, ("tokens", rows)), *params]
 
-    def launch(self, source: Source, parts: Contraction, rows: str, t, stats: Source | None = None) -> list[str]:
-        """One launch of a contraction kernel with tiles `t`.  stats: the kernel of its row reductions, for a stream that is given
-        them."""
+    def launch(self, source: Source, parts: Contraction, rows: str, t) -> list[str]:
+        """One launch of a contraction kernel with tiles `t`."""
         blocks = f"triton.cdiv({parts.n}, {t.block_n})"
         constants = {"BLOCK_N": t.block_n, "BLOCK_K": t.block_k, "STAGES": t.stages}
         if source.form == "gemv":
             return call(source, f"({blocks},)", None, constants, t.num_warps)
-        before = []
-        if source.form == "stream":
-            constants["GIVEN"] = t.given
-            before = [f"stats = m.stats({rows}, {len(parts.beside)})"] if parts.beside else []
-            before += call_stats(stats, rows) if t.given else []
         constants = {"BLOCK_M": t.block_m} | constants
         grid = f"(triton.cdiv({rows}, {t.block_m}) * {blocks},)"
         if source.form == "matmul":
@@ -100,9 +94,11 @@ class Launches:
             sums = max(1, len(parts.beside)) * tokens * blocks
             self.partial = max(self.partial, t.splits * (parts.leaves * blocks * t.block_n * tokens + sums))
             self.arrivals = max(self.arrivals, tokens // t.block_m * blocks)
-        registers = t.registers(parts.leaves) if source.form == "stream" else None
-        constants["SPLITS"] = t.splits
-        return before + call(source, f"{grid[:-2]}, {t.splits})", rows, constants, t.num_warps, registers)
+        constants["SPLITS"], registers = t.splits, None
+        if source.form == "stream":
+            program = t.program(parts.leaves, source.facts["reductions"])
+            registers, constants = program.registers, constants | program.constants
+        return call(source, f"{grid[:-2]}, {t.splits})", rows, constants, t.num_warps, registers)
 
     def vendor(self, kernel, parts: Contraction, rows: str, comment, stats: Source | None) -> tuple[list[Source], list[str]]:
         """(kernels, lines): the vendor's matmul, and what surrounds it. A sum with one stored value is the matmul's own."""

@@ -41,8 +41,7 @@ class Skinny:
 @dataclass(frozen=True)
 class Stream:
     """A few tokens on a Hopper GPU, up to `tokens`, which is the tile's width too: rows and columns of a tile of weights,
-    programs that share a tile's K, warps that multiply, places in the ring. given: whether row reductions are made beforehand, by
-    a kernel of their own."""
+    programs that share a tile's K, warps that multiply, places in the ring."""
 
     tokens: int
     block_n: int
@@ -50,7 +49,6 @@ class Stream:
     splits: int
     num_warps: int
     stages: int
-    given: bool = False
 
     @property
     def block_m(self) -> int:
@@ -65,19 +63,67 @@ class Stream:
         """float32 numbers of a thread that multiplies."""
         return leaves * self.block_n * self.block_m // (32 * self.num_warps)
 
-    def registers(self, leaves: int) -> int:
-        """Registers a thread, no more than it needs, so that a neighbouring kernel finds room beside this one, and few enough for
-        as many programs as there is shared memory for."""
+    def program(self, leaves: int, reductions: int) -> StreamProgram:
+        """What one of its programs consists of: no more registers than it needs, so that a neighbouring kernel finds room beside
+        this one, and few enough for as many programs as there is shared memory for."""
         ring = self.stages * (leaves * self.block_n + self.block_m) * self.block_k * 2
         rooms = max(1, min(4, SHARED // (ring + 2048)))
-        most = REGISTERS // (32 * (self.num_warps + COPY_WARPS) * rooms)
-        return min(self.accumulators(leaves) + max(72, self.block_m), most) // 8 * 8
+        found = [StreamProgram(self, leaves, reductions, reducers, rooms) for reducers in ((4, 2) if reductions else (0,))]
+        return next((p for p in found if p.registers * p.warps * 32 * rooms <= REGISTERS), found[0])
 
-    def fits(self, leaves: int) -> bool:
-        """Whether the threads that multiply have registers for their accumulators and what else there is, once the warps of the
-        copies have left them most of theirs."""
-        given = self.registers(leaves) * (self.num_warps + COPY_WARPS) - COPY_REGISTERS * COPY_WARPS
-        return self.accumulators(leaves) + 56 <= given // self.num_warps
+
+@dataclass(frozen=True)
+class StreamProgram:
+    """The warps of a stream's program, and their registers: `num_warps` of its tile multiply, one copies, and `reducers` make row
+    reductions.  rooms: how many programs share a multiprocessor's memory."""
+
+    tile: Stream
+    leaves: int
+    reductions: int
+    reducers: int
+    rooms: int
+
+    @property
+    def others(self) -> int:
+        """Warps beside those that multiply, in whole warpgroups, in which all have as many registers."""
+        return 8 if self.reducers == 4 else 4
+
+    @property
+    def warps(self) -> int:
+        return self.tile.num_warps + self.others
+
+    @property
+    def reducing(self) -> int:
+        """Registers of a thread that makes row reductions: what it has of a tile of x and of the results, and what it computes
+        with."""
+        part = self.tile.block_m * self.tile.block_k // (32 * max(1, self.reducers))
+        return (part // 4 + self.reductions * max(1, part // 8) + 39) // 8 * 8 if self.reducers else 0
+
+    @property
+    def lent(self) -> int:
+        """Registers times warps of those that do not multiply."""
+        both = (COPY_REGISTERS + self.reducing) * 4
+        return both if self.others == 8 else max(COPY_REGISTERS, self.reducing) * 4
+
+    @property
+    def registers(self) -> int:
+        """A thread's, before the warps share them out."""
+        t = self.tile
+        wanted = (t.accumulators(self.leaves) + t.block_m + 64) * t.num_warps + self.lent
+        one = t.block_m // 2 + 32  # what an instruction needs that multiplies 64 rows
+        return max(min(-(-wanted // self.warps) + 7, REGISTERS // (32 * self.warps * self.rooms)), one + 7) // 8 * 8
+
+    @property
+    def fits(self) -> bool:
+        """Whether the threads that multiply have registers for their accumulators and what else there is, once the others have
+        theirs."""
+        left = self.registers * self.warps - self.lent
+        return self.tile.accumulators(self.leaves) + 56 <= left // self.tile.num_warps
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Launch constants of a kernel that makes row reductions."""
+        return {"REDUCERS": self.reducers, "REDUCING": self.reducing} if self.reducers else {}
 
 
 @dataclass(frozen=True)
@@ -167,7 +213,7 @@ def vendor_from(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DE
 VENDOR_FROM = 256
 SHARED = 227 << 10  # bytes of a multiprocessor's memory that its programs may share
 REGISTERS = 65536  # of a multiprocessor
-COPY_WARPS, COPY_REGISTERS = 4, 40  # of a stream's program for the copies, of which one works; registers of their threads
+COPY_REGISTERS = 40  # of a thread of the warp that copies, in a stream's program
 HALF = 110 << 10  # bytes of shared memory of which a multiprocessor has room for two
 MULTIPROCESSORS = 132
 

@@ -58,14 +58,14 @@ class Case:
         return f"{self.form} {self.n} x {self.k}, {self.leaves} leaves, {self.tiles}"
 
     def sizes(self):
-        return tune.constants(self.form, self.tiles)
+        return tune.constants(self.form, self.tiles, self.leaves, self.source.facts["reductions"])
 
     def options(self):
-        return tune.launch_options(self.form, self.tiles, self.leaves)
+        return tune.launch_options(self.form, self.tiles, self.leaves, self.source.facts["reductions"])
 
     def job(self):
         kinds = {"weight": self.dtype, "input": self.dtype, "output": self.dtype}
-        scratch = {"partial": "float32", "arrivals": "int32", "stats": "float32"}
+        scratch = {"partial": "float32", "arrivals": "int32"}
         blocks, pointers = tune.blocks_of(self.source, self.sizes()), []
         for pointer, role in self.source.roles.items():
             kind = str(kinds.get(role[0], scratch.get(role[-1]))).removeprefix("torch.")
@@ -82,8 +82,7 @@ class Case:
         out = torch.full((t, n), float("nan"), dtype=self.dtype, device=device)
         partial = torch.full((splits * padded * blocks * (self.leaves * self.tiles.block_n + 1),), float("nan"), device=device)
         arrivals = torch.zeros(height * blocks, dtype=torch.int32, device=device)
-        stats = x.float().pow(2).mean(-1)
-        values = {"weight": w, "input": x, "output": out, "partial": partial, "arrivals": arrivals, "stats": stats}
+        values = {"weight": w, "input": x, "output": out, "partial": partial, "arrivals": arrivals}
         arguments = [values[role[0]] if role[0] in values else values[role[1]] for role in self.source.roles.values()]
         for pointer, block in tune.blocks_of(self.source, self.sizes()).items():
             at = list(self.source.roles).index(pointer)

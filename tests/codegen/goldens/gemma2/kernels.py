@@ -709,14 +709,13 @@ def o_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, 
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile, y0, is_async=True)
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
@@ -727,7 +726,7 @@ def o_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, 
 @gluon.jit(do_not_specialize=["T"])
 def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                  GIVEN: tl.constexpr, PDL: tl.constexpr):
+                  PDL: tl.constexpr):
     # gemma2.fuse:36   o_proj(attend[K, mask=mask, score=softcap[score_cap], scale=scale](q, cache(k), cache(v), pos))
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 2304
@@ -739,6 +738,8 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
     SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
     Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -756,8 +757,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
         mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
     (y0,) = gl.warp_specialize([
-        (o_proj_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+        (o_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (o_proj_stream_copies, (
             o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
@@ -765,24 +765,28 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         gl.store(cell + split * whole, y0)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
-    t = t_0 + m
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    gl.store(out_ptr + t.to(gl.int64) * 2304 + n, y0, mask=t_mask)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    gl.store(out_ptr + t.to(gl.int64) * 2304 + n, gl.convert_layout((y0).to(out_ptr.dtype.element_ty), Z), mask=t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -968,9 +972,14 @@ def gate_up_proj_stream_copies(gate_up_proj_tiles, x_tiles, w_ring, x_ring, read
 
 
 @gluon.jit
-def gate_up_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
-                                 BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    # The other warps: the products of all steps.
+def gate_up_proj_stream_products(rsqrt_ptr, t_0, T, w_ring, x_ring, ready, done, steps, Y: gl.constexpr,
+                                 Z: gl.constexpr, PDL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+                                 STAGES: gl.constexpr):
+    # The other warps: what the epilogue reads is loaded first; then the products of all steps.
+    if PDL:
+        gdc_wait()
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    rsqrt = gl.load(rsqrt_ptr + t_line, mask=t_line < T, other=0)[None, :]
     GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
     LEAVES: gl.constexpr = 2
     y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
@@ -981,30 +990,29 @@ def gate_up_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.const
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile.permute((1, 0)), y0, is_async=True)
-            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile.permute((1, 0)), y1, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile, y0, is_async=True)
+            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile, y1, is_async=True)
             y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
         y1 = warpgroup_mma_wait(0, deps=(y1,))
-    return y0, y1
+    return y0, y1, rsqrt
 
 
 @gluon.jit(do_not_specialize=["T"])
 def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial_ptr, arrivals_ptr, T,
                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                        STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
+                        STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma2.fuse:43   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
@@ -1017,6 +1025,8 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
     SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
     Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -1034,9 +1044,9 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
-    y0, y1 = gl.warp_specialize([
-        (gate_up_proj_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+    y0, y1, rsqrt = gl.warp_specialize([
+        (gate_up_proj_stream_products, (rsqrt_ptr, t_0, T, w_ring, x_ring, ready, done, steps, Y, Z, PDL, BLOCK_M,
+        BLOCK_N, STAGES)),
         (gate_up_proj_stream_copies, (
             gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
@@ -1044,27 +1054,34 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         gl.store(cell + split * LEAVES * whole, y0)
         gl.store(cell + (split * LEAVES + 1) * whole, y1)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
-            y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * LEAVES * whole, cache_modifier=".cg")
+            y1 += gl.load(cell + ((1 - split) * LEAVES + 1) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
+                y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
-    t = t_0 + m
+    y0 = gl.convert_layout(y0, Z)
+    y1 = gl.convert_layout(y1, Z)
+    rsqrt = rsqrt.to(gl.float32)
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    rsqrt = gl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(gl.float32)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     v = y0 * rsqrt
     v_2 = (v * 0.5) * (1 + (2 * sigmoid(2 * (0.7978845608028654 * (v + (0.044715 * ((v * v) * v))))) - 1))
     gl.store(out_ptr + t.to(gl.int64) * 9216 + n, v_2 * (y1 * rsqrt), mask=t_mask)
@@ -1249,14 +1266,13 @@ def down_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexp
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile, y0, is_async=True)
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
@@ -1267,7 +1283,7 @@ def down_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexp
 @gluon.jit(do_not_specialize=["T"])
 def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                     GIVEN: tl.constexpr, PDL: tl.constexpr):
+                     PDL: tl.constexpr):
     # gemma2.fuse:43   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 2304
@@ -1279,6 +1295,8 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
     SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
     Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -1297,8 +1315,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
         mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
     (y0,) = gl.warp_specialize([
-        (down_proj_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+        (down_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (down_proj_stream_copies, (
             down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
@@ -1306,24 +1323,28 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         gl.store(cell + split * whole, y0)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
-    t = t_0 + m
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    gl.store(out_ptr + t.to(gl.int64) * 2304 + n, y0, mask=t_mask)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    gl.store(out_ptr + t.to(gl.int64) * 2304 + n, gl.convert_layout((y0).to(out_ptr.dtype.element_ty), Z), mask=t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -1545,18 +1566,17 @@ def q_k_v_proj_2_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.const
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile.permute((1, 0)), y0, is_async=True)
-            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile.permute((1, 0)), y1, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile, y0, is_async=True)
+            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile, y1, is_async=True)
             y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
@@ -1568,8 +1588,7 @@ def q_k_v_proj_2_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.const
 @gluon.jit(do_not_specialize=["T"])
 def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr,
                         v_cache_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                        BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, GIVEN: tl.constexpr,
-                        PDL: tl.constexpr):
+                        BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma2.fuse:33   q = rope[K](q_proj(x), pos, freqs)
     # gemma2.fuse:34   k = rope[K](k_proj(x), pos, freqs)
@@ -1585,6 +1604,8 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, cos_ptr, sin_ptr, 
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
     SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
     Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -1603,8 +1624,7 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, cos_ptr, sin_ptr, 
         mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
     y0, y1 = gl.warp_specialize([
-        (q_k_v_proj_2_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+        (q_k_v_proj_2_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (q_k_v_proj_2_stream_copies, (
             q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
@@ -1612,36 +1632,34 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, cos_ptr, sin_ptr, 
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         gl.store(cell + split * LEAVES * whole, y0)
         gl.store(cell + (split * LEAVES + 1) * whole, y1)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
-            y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * LEAVES * whole, cache_modifier=".cg")
+            y1 += gl.load(cell + ((1 - split) * LEAVES + 1) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
+                y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
-
-    # Results go to several places, each with its own addresses: from 64 tokens on a thread takes eight neighbours along n, which
-    # it reads and writes at once.
-    LANES: gl.constexpr = BLOCK_N // 8
-    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1]) if BLOCK_M >= 64 else Y
     y0 = gl.convert_layout(y0, Z)
     y1 = gl.convert_layout(y1, Z)
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
-    row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
-    t = t_0 + m
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    rsqrt = gl.load(rsqrt_ptr + t, mask=t_mask, other=0).to(gl.float32)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    rsqrt = gl.load(rsqrt_ptr + t_line, mask=t_line < T, other=0)[None, :].to(gl.float32)
     if n_0 < 1024:
         inside = n < 1024
         i_k_2 = n % 128
@@ -1664,7 +1682,7 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, cos_ptr, sin_ptr, 
         cos_2 = gl.load(cos_ptr + t * 128 + i_k_2_2, mask=t_mask & inside_2, other=0).to(gl.float32)
         v_4 = y1 * rsqrt
         sin_2 = gl.load(sin_ptr + t * 128 + i_k_2_2, mask=t_mask & inside_2, other=0).to(gl.float32)
-        slot = gl.load(slots_ptr + t, mask=t_mask, other=-1)
+        slot = gl.load(slots_ptr + t_line, mask=t_line < T, other=-1)[None, :]
         gl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2, (v_3 * cos_2) - (v_4 * sin_2),
                 mask=inside_2 & t_mask & (slot >= 0))
         gl.store(k_cache_ptr + slot * 1024 + i_g_2 * 256 + i_k_2_2 + 128, (v_4 * cos_2) + (v_3 * sin_2),
@@ -1672,7 +1690,7 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, cos_ptr, sin_ptr, 
     if n_0 + BLOCK_N - 1 >= 1536:
         inside_3 = n >= 1536
         i_2 = n - 1536
-        slot_2 = gl.load(slots_ptr + t, mask=t_mask, other=-1)
+        slot_2 = gl.load(slots_ptr + t_line, mask=t_line < T, other=-1)[None, :]
         gl.store(v_cache_ptr + slot_2 * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
         i_3 = n - 1024
         gl.store(v_cache_ptr + slot_2 * 1024 + i_3, y1 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))

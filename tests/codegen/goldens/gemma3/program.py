@@ -90,17 +90,17 @@ def o_proj(m, T, o_proj, attended, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(1152, 64), 2)](
             tiles(o_proj, 1024, 64, 128), tiles(attended[:T], 1024, 16, 128), out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=2,
-            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=2,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(1152, 64), 2)](
             tiles(o_proj, 1024, 64, 128), tiles(attended[:T], 1024, 32, 128), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=2,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=2,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(1152, 64), 2)](
             tiles(o_proj, 1024, 64, 128), tiles(attended[:T], 1024, 64, 128), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=2,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(1152, 32), 2)](
@@ -140,17 +140,17 @@ def gate_up_proj(m, T, gate_up_proj, x, rsqrt, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(6912, 64), 2)](
             tiles(gate_up_proj, 1152, 64, 128), tiles(x[:T], 1152, 16, 128), rsqrt, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=2,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2,
+            PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(6912, 64), 2)](
             tiles(gate_up_proj, 1152, 64, 64), tiles(x[:T], 1152, 32, 64), rsqrt, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=2,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, SPLITS=2,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(6912, 64), 2)](
             tiles(gate_up_proj, 1152, 64, 64), tiles(x[:T], 1152, 64, 64), rsqrt, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=2,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, SPLITS=2,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(6912, 16), 1)](
@@ -184,17 +184,17 @@ def down_proj(m, T, down_proj, x, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(1152, 64), 11)](
             tiles(down_proj, 6912, 64, 128), tiles(x[:T], 6912, 16, 128), out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=11,
-            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=11,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.down_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(1152, 64), 11)](
             tiles(down_proj, 6912, 64, 128), tiles(x[:T], 6912, 32, 128), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=11,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=11,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.down_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(1152, 64), 11)](
             tiles(down_proj, 6912, 64, 128), tiles(x[:T], 6912, 64, 128), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=11,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=11,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(1152, 32), 4)](
@@ -235,19 +235,19 @@ def q_k_v_proj_2(m, T, q_k_v_proj, x, rsqrt, out0, out1, v_cache, slots, partial
         kernels.q_k_v_proj_2_stream[(triton.cdiv(T, 16) * triton.cdiv(1536, 64), 2)](
             tiles(q_k_v_proj, 1152, 64, 128), tiles(x[:T], 1152, 16, 128), rsqrt, out0, out1, v_cache, slots, partial,
             arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=2,
-            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=2,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.q_k_v_proj_2_stream[(triton.cdiv(T, 32) * triton.cdiv(1536, 64), 2)](
             tiles(q_k_v_proj, 1152, 64, 128), tiles(x[:T], 1152, 32, 128), rsqrt, out0, out1, v_cache, slots, partial,
             arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=2,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=2,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.q_k_v_proj_2_stream[(triton.cdiv(T, 64) * triton.cdiv(1536, 64), 2)](
             tiles(q_k_v_proj, 1152, 64, 128), tiles(x[:T], 1152, 64, 128), rsqrt, out0, out1, v_cache, slots, partial,
             arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=2,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_2_skinny[(triton.cdiv(T, 16) * triton.cdiv(1536, 32), 2)](

@@ -552,9 +552,18 @@ def c_proj_stream_copies(c_proj_tiles, attended_tiles, w_ring, x_ring, ready, do
 
 
 @gluon.jit
-def c_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
-                           BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    # The other warps: the products of all steps.
+def c_proj_stream_products(x_ptr, c_proj_bias_ptr, n_0, t_0, T, w_ring, x_ring, ready, done, steps, Y: gl.constexpr,
+                           Z: gl.constexpr, PDL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+                           STAGES: gl.constexpr):
+    # The other warps: what the epilogue reads is loaded first; then the products of all steps.
+    if PDL:
+        gdc_wait()
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    x = gl.load(x_ptr + t * 768 + n, mask=t_mask, other=0)
+    c_proj_bias = gl.load(c_proj_bias_ptr + n)
     GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
     y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
     if GROUPS:
@@ -562,25 +571,24 @@ def c_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, 
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile, y0, is_async=True)
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
-    return (y0,)
+    return y0, x, c_proj_bias
 
 
 @gluon.jit(do_not_specialize=["T"])
 def c_proj_stream(c_proj_tiles, attended_tiles, x_ptr, c_proj_bias_ptr, out_ptr, partial_ptr, arrivals_ptr, T,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                  STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
+                  STAGES: tl.constexpr, PDL: tl.constexpr):
     # gpt2.fuse:22   c_proj(attend[K](q, cache(k), cache(v), pos))
     # gpt2.fuse:36   h = x + attn(ln_1(x), pos)
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
@@ -593,6 +601,8 @@ def c_proj_stream(c_proj_tiles, attended_tiles, x_ptr, c_proj_bias_ptr, out_ptr,
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
     SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
     Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -609,9 +619,9 @@ def c_proj_stream(c_proj_tiles, attended_tiles, x_ptr, c_proj_bias_ptr, out_ptr,
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
-    (y0,) = gl.warp_specialize([
-        (c_proj_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+    y0, x, c_proj_bias = gl.warp_specialize([
+        (c_proj_stream_products, (x_ptr, c_proj_bias_ptr, n_0, t_0, T, w_ring, x_ring, ready, done, steps, Y, Z, PDL,
+        BLOCK_M, BLOCK_N, STAGES)),
         (c_proj_stream_copies, (
             c_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
@@ -619,25 +629,30 @@ def c_proj_stream(c_proj_tiles, attended_tiles, x_ptr, c_proj_bias_ptr, out_ptr,
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         gl.store(cell + split * whole, y0)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
-    t = t_0 + m
+    y0 = gl.convert_layout(y0, Z)
+    c_proj_bias = c_proj_bias.to(gl.float32)
+    x = x.to(gl.float32)
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    x = gl.load(x_ptr + t * 768 + n, mask=t_mask, other=0).to(gl.float32)
-    c_proj_bias = gl.load(c_proj_bias_ptr + n).to(gl.float32)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     gl.store(out_ptr + t.to(gl.int64) * 768 + n, x + (y0 + c_proj_bias), mask=t_mask)
 
 
@@ -976,9 +991,18 @@ def c_proj_2_stream_copies(c_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n
 
 
 @gluon.jit
-def c_proj_2_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
-                             BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    # The other warps: the products of all steps.
+def c_proj_2_stream_products(x_2_ptr, c_proj_bias_ptr, n_0, t_0, T, w_ring, x_ring, ready, done, steps, Y: gl.constexpr,
+                             Z: gl.constexpr, PDL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+                             STAGES: gl.constexpr):
+    # The other warps: what the epilogue reads is loaded first; then the products of all steps.
+    if PDL:
+        gdc_wait()
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    x_2 = gl.load(x_2_ptr + t * 768 + n, mask=t_mask, other=0)
+    c_proj_bias = gl.load(c_proj_bias_ptr + n)
     GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
     y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
     if GROUPS:
@@ -986,25 +1010,24 @@ def c_proj_2_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile, y0, is_async=True)
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
-    return (y0,)
+    return y0, x_2, c_proj_bias
 
 
 @gluon.jit(do_not_specialize=["T"])
 def c_proj_2_stream(c_proj_tiles, x_tiles, x_2_ptr, c_proj_bias_ptr, out_ptr, partial_ptr, arrivals_ptr, T,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                    STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
+                    STAGES: tl.constexpr, PDL: tl.constexpr):
     # gpt2.fuse:28   c_proj(gelu_tanh(c_fc(x)))
     # gpt2.fuse:37   h + mlp(ln_2(h))
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
@@ -1017,6 +1040,8 @@ def c_proj_2_stream(c_proj_tiles, x_tiles, x_2_ptr, c_proj_bias_ptr, out_ptr, pa
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
     SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
     Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -1033,9 +1058,9 @@ def c_proj_2_stream(c_proj_tiles, x_tiles, x_2_ptr, c_proj_bias_ptr, out_ptr, pa
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
-    (y0,) = gl.warp_specialize([
-        (c_proj_2_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+    y0, x_2, c_proj_bias = gl.warp_specialize([
+        (c_proj_2_stream_products, (x_2_ptr, c_proj_bias_ptr, n_0, t_0, T, w_ring, x_ring, ready, done, steps, Y, Z,
+        PDL, BLOCK_M, BLOCK_N, STAGES)),
         (c_proj_2_stream_copies, (
             c_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
@@ -1043,25 +1068,30 @@ def c_proj_2_stream(c_proj_tiles, x_tiles, x_2_ptr, c_proj_bias_ptr, out_ptr, pa
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         gl.store(cell + split * whole, y0)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
-    t = t_0 + m
+    y0 = gl.convert_layout(y0, Z)
+    c_proj_bias = c_proj_bias.to(gl.float32)
+    x_2 = x_2.to(gl.float32)
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    x_2 = gl.load(x_2_ptr + t * 768 + n, mask=t_mask, other=0).to(gl.float32)
-    c_proj_bias = gl.load(c_proj_bias_ptr + n).to(gl.float32)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     gl.store(out_ptr + t.to(gl.int64) * 768 + n, x_2 + (y0 + c_proj_bias), mask=t_mask)
 
 

@@ -74,17 +74,17 @@ def c_proj(m, T, c_proj, attended, x, c_proj_bias, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.c_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(768, 64), 1)](
             tiles(c_proj, 768, 64, 128), tiles(attended[:T], 768, 16, 128), x, c_proj_bias, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.c_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(768, 64), 1)](
             tiles(c_proj, 768, 64, 128), tiles(attended[:T], 768, 32, 128), x, c_proj_bias, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.c_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(768, 64), 1)](
             tiles(c_proj, 768, 64, 128), tiles(attended[:T], 768, 64, 128), x, c_proj_bias, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.c_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(768, 32), 1)](
@@ -141,17 +141,17 @@ def c_proj_2(m, T, c_proj, x, x_2, c_proj_bias, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.c_proj_2_stream[(triton.cdiv(T, 16) * triton.cdiv(768, 64), 6)](
             tiles(c_proj, 3072, 64, 128), tiles(x[:T], 3072, 16, 128), x_2, c_proj_bias, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=6,
-            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=6,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.c_proj_2_stream[(triton.cdiv(T, 32) * triton.cdiv(768, 64), 6)](
             tiles(c_proj, 3072, 64, 128), tiles(x[:T], 3072, 32, 128), x_2, c_proj_bias, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=6,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=6,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.c_proj_2_stream[(triton.cdiv(T, 64) * triton.cdiv(768, 64), 6)](
             tiles(c_proj, 3072, 64, 128), tiles(x[:T], 3072, 64, 128), x_2, c_proj_bias, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=6,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=6,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.c_proj_2_skinny[(triton.cdiv(T, 16) * triton.cdiv(768, 32), 4)](

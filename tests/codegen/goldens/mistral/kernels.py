@@ -140,50 +140,58 @@ def q_k_v_proj_stream_copies(q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, d
 
 @gluon.jit
 def q_k_v_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
-                               BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BLOCK_K: gl.constexpr, GIVEN: gl.constexpr):
-    # The other warps: the products of all steps, and what each thread has seen of the row reductions.
+                               BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    # The other warps: the products of all steps.
     GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
     LEAVES: gl.constexpr = 2
-    WARPS: gl.constexpr = gl.num_warps()
-    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
     y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
     y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
     if GROUPS:
         y0 = warpgroup_mma_init(y0)
         y1 = warpgroup_mma_init(y1)
-    mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile.permute((1, 0)), y0, is_async=True)
-            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile.permute((1, 0)), y1, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
-        if not GIVEN:
-            x_seen = x_tile.load(X).to(gl.float32)
-            mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
-                    EIGHTS)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile, y0, is_async=True)
+            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile, y1, is_async=True)
             y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
         y1 = warpgroup_mma_wait(0, deps=(y1,))
-    return y0, y1, mean_k
+    return y0, y1
+
+
+@gluon.jit
+def q_k_v_proj_stream_reductions(x_ring, row_sums, ready, done, steps, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr,
+                                 STAGES: gl.constexpr):
+    # Warps of their own: the row reductions. Each thread keeps what it has seen, and they are put together at the end.
+    WARPS: gl.constexpr = gl.num_warps()
+    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
+    mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        x_seen = x_ring.index(place).load(X).to(gl.float32)
+        mbarrier.arrive(done.index(place))
+        mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2), EIGHTS)
+    row_sums.index(0).store(gl.sum(mean_k, 1))
 
 
 @gluon.jit(do_not_specialize=["T"])
 def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr, v_cache_ptr,
-                      partial_ptr, arrivals_ptr, stats_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, GIVEN: tl.constexpr,
+                      partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      SPLITS: tl.constexpr, STAGES: tl.constexpr, REDUCERS: tl.constexpr, REDUCING: tl.constexpr,
                       PDL: tl.constexpr):
     # mistral.fuse:27   q = rope[K](q_proj(x), pos, freqs)
     # mistral.fuse:28   k = rope[K](k_proj(x), pos, freqs)
@@ -200,6 +208,8 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
     SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
     Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -215,63 +225,55 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
     done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(done.index(stage), count=1)
+        mbarrier.init(done.index(stage), count=2)
     fence_async_shared()
-    y0, y1, mean_k = gl.warp_specialize([
-        (q_k_v_proj_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES, BLOCK_K, GIVEN)),
+    row_sums = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    y0, y1 = gl.warp_specialize([
+        (q_k_v_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (q_k_v_proj_stream_copies, (
             q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
-    ], [1], [40])
+        (q_k_v_proj_stream_reductions, (x_ring, row_sums, ready, done, steps, BLOCK_M, BLOCK_K, STAGES)),
+    ], [1, REDUCERS], [40, REDUCING])
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    if not GIVEN:
-        mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
+    mean = row_sums.index(0).load(gl.SliceLayout(0, Y))
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         sums = partial_ptr + SPLITS * LEAVES * whole + tile * (SPLITS * BLOCK_M)
         gl.store(cell + split * LEAVES * whole, y0)
         gl.store(cell + (split * LEAVES + 1) * whole, y1)
-        if not GIVEN:
-            gl.store(sums + split * BLOCK_M + m, mean)
+        gl.store(sums + split * BLOCK_M + m, mean)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        if not GIVEN:
-            mean = gl.full([1, BLOCK_M], 0.0, gl.float32, Y)
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * LEAVES * whole, cache_modifier=".cg")
+            y1 += gl.load(cell + ((1 - split) * LEAVES + 1) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
+                y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
+        mean = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(0, Y))
         for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
-            y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
-            if not GIVEN:
-                mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
-                mean = mean + mean_part
+            mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
+            mean = mean + mean_part
         gl.store(arrivals_ptr + tile, 0)
-    if not GIVEN:
-        mean = mean / 4096
-
-    # Results go to several places, each with its own addresses: from 64 tokens on a thread takes eight neighbours along n, which
-    # it reads and writes at once.
-    LANES: gl.constexpr = BLOCK_N // 8
-    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1]) if BLOCK_M >= 64 else Y
+    mean = mean / 4096
     y0 = gl.convert_layout(y0, Z)
     y1 = gl.convert_layout(y1, Z)
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
-    row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
-    if not GIVEN:
-        mean = gl.convert_layout(mean, Z)
-    t = t_0 + m
+    mean = gl.convert_layout(mean, gl.SliceLayout(0, Z))[None, :]
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    if GIVEN:
-        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     v = mean + 1e-05
     rsqrt = gl.rsqrt(v)
     if n_0 < 2048:
@@ -296,7 +298,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
         cos_2 = gl.load(cos_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(gl.float32)
         v_5 = y1 * rsqrt
         sin_2 = gl.load(sin_ptr + t * 64 + i_k_2_2, mask=t_mask & inside_2, other=0).to(gl.float32)
-        slot = gl.load(slots_ptr + t, mask=t_mask, other=-1)
+        slot = gl.load(slots_ptr + t_line, mask=t_line < T, other=-1)[None, :]
         gl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2, (v_4 * cos_2) - (v_5 * sin_2),
                 mask=inside_2 & t_mask & (slot >= 0))
         gl.store(k_cache_ptr + slot * 1024 + i_g_2 * 128 + i_k_2_2 + 64, (v_5 * cos_2) + (v_4 * sin_2),
@@ -304,7 +306,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
     if n_0 + BLOCK_N - 1 >= 2560:
         inside_3 = n >= 2560
         i_2 = n - 2560
-        slot_2 = gl.load(slots_ptr + t, mask=t_mask, other=-1)
+        slot_2 = gl.load(slots_ptr + t_line, mask=t_line < T, other=-1)[None, :]
         gl.store(v_cache_ptr + slot_2 * 1024 + i_2, y0 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
         i_3 = n - 2048
         gl.store(v_cache_ptr + slot_2 * 1024 + i_3, y1 * rsqrt, mask=inside_3 & t_mask & (slot_2 >= 0))
@@ -865,9 +867,16 @@ def o_proj_stream_copies(o_proj_tiles, attended_tiles, w_ring, x_ring, ready, do
 
 
 @gluon.jit
-def o_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
-                           BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    # The other warps: the products of all steps.
+def o_proj_stream_products(x_ptr, n_0, t_0, T, w_ring, x_ring, ready, done, steps, Y: gl.constexpr, Z: gl.constexpr,
+                           PDL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    # The other warps: what the epilogue reads is loaded first; then the products of all steps.
+    if PDL:
+        gdc_wait()
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    x = gl.load(x_ptr + t * 4096 + n, mask=t_mask, other=0)
     GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
     y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
     if GROUPS:
@@ -875,25 +884,24 @@ def o_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, 
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile, y0, is_async=True)
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
-    return (y0,)
+    return y0, x
 
 
 @gluon.jit(do_not_specialize=["T"])
 def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                  GIVEN: tl.constexpr, PDL: tl.constexpr):
+                  PDL: tl.constexpr):
     # mistral.fuse:30   o_proj(attend[K, mask=mask](q, cache(k), cache(v), pos))
     # mistral.fuse:45   h = x + self_attn(input_layernorm(x), pos)
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
@@ -906,6 +914,8 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
     SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
     Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -922,9 +932,9 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
-    (y0,) = gl.warp_specialize([
-        (o_proj_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+    y0, x = gl.warp_specialize([
+        (o_proj_stream_products, (x_ptr, n_0, t_0, T, w_ring, x_ring, ready, done, steps, Y, Z, PDL, BLOCK_M, BLOCK_N,
+        STAGES)),
         (o_proj_stream_copies, (
             o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
@@ -932,24 +942,29 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         gl.store(cell + split * whole, y0)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
-    t = t_0 + m
+    y0 = gl.convert_layout(y0, Z)
+    x = x.to(gl.float32)
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    x = gl.load(x_ptr + t * 4096 + n, mask=t_mask, other=0).to(gl.float32)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     gl.store(out_ptr + t.to(gl.int64) * 4096 + n, x + y0, mask=t_mask)
 
 
@@ -1097,51 +1112,58 @@ def gate_up_proj_stream_copies(gate_up_proj_tiles, x_tiles, w_ring, x_ring, read
 
 @gluon.jit
 def gate_up_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
-                                 BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BLOCK_K: gl.constexpr,
-                                 GIVEN: gl.constexpr):
-    # The other warps: the products of all steps, and what each thread has seen of the row reductions.
+                                 BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    # The other warps: the products of all steps.
     GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
     LEAVES: gl.constexpr = 2
-    WARPS: gl.constexpr = gl.num_warps()
-    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
     y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
     y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
     if GROUPS:
         y0 = warpgroup_mma_init(y0)
         y1 = warpgroup_mma_init(y1)
-    mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile.permute((1, 0)), y0, is_async=True)
-            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile.permute((1, 0)), y1, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
-        if not GIVEN:
-            x_seen = x_tile.load(X).to(gl.float32)
-            mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
-                    EIGHTS)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile, y0, is_async=True)
+            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile, y1, is_async=True)
             y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
         y1 = warpgroup_mma_wait(0, deps=(y1,))
-    return y0, y1, mean_k
+    return y0, y1
+
+
+@gluon.jit
+def gate_up_proj_stream_reductions(x_ring, row_sums, ready, done, steps, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr,
+                                   STAGES: gl.constexpr):
+    # Warps of their own: the row reductions. Each thread keeps what it has seen, and they are put together at the end.
+    WARPS: gl.constexpr = gl.num_warps()
+    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
+    mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        x_seen = x_ring.index(place).load(X).to(gl.float32)
+        mbarrier.arrive(done.index(place))
+        mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2), EIGHTS)
+    row_sums.index(0).store(gl.sum(mean_k, 1))
 
 
 @gluon.jit(do_not_specialize=["T"])
-def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, stats_ptr, T,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                        STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
+def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
+                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+                        REDUCERS: tl.constexpr, REDUCING: tl.constexpr, PDL: tl.constexpr):
     # mistral.fuse:37   down_proj(silu(gate_proj(x)) * up_proj(x))
     # mistral.fuse:46   h + mlp(post_attention_layernorm(h))
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
@@ -1154,6 +1176,8 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
     SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
     Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -1169,56 +1193,58 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
     done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(done.index(stage), count=1)
+        mbarrier.init(done.index(stage), count=2)
     fence_async_shared()
-    y0, y1, mean_k = gl.warp_specialize([
-        (gate_up_proj_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES, BLOCK_K, GIVEN)),
+    row_sums = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    y0, y1 = gl.warp_specialize([
+        (gate_up_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (gate_up_proj_stream_copies, (
             gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
-    ], [1], [40])
+        (gate_up_proj_stream_reductions, (x_ring, row_sums, ready, done, steps, BLOCK_M, BLOCK_K, STAGES)),
+    ], [1, REDUCERS], [40, REDUCING])
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    if not GIVEN:
-        mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
+    mean = row_sums.index(0).load(gl.SliceLayout(0, Y))
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         sums = partial_ptr + SPLITS * LEAVES * whole + tile * (SPLITS * BLOCK_M)
         gl.store(cell + split * LEAVES * whole, y0)
         gl.store(cell + (split * LEAVES + 1) * whole, y1)
-        if not GIVEN:
-            gl.store(sums + split * BLOCK_M + m, mean)
+        gl.store(sums + split * BLOCK_M + m, mean)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        if not GIVEN:
-            mean = gl.full([1, BLOCK_M], 0.0, gl.float32, Y)
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * LEAVES * whole, cache_modifier=".cg")
+            y1 += gl.load(cell + ((1 - split) * LEAVES + 1) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
+                y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
+        mean = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(0, Y))
         for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
-            y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
-            if not GIVEN:
-                mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
-                mean = mean + mean_part
+            mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
+            mean = mean + mean_part
         gl.store(arrivals_ptr + tile, 0)
-    if not GIVEN:
-        mean = mean / 4096
-    t = t_0 + m
+    mean = mean / 4096
+    mean = mean[None, :]
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    if GIVEN:
-        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     v = mean + 1e-05
     rsqrt = gl.rsqrt(v)
     v_2 = y0 * rsqrt
-    gl.store(out_ptr + t.to(gl.int64) * 14336 + n, (v_2 * (1 / (1 + gl.exp(-v_2)))) * (y1 * rsqrt), mask=t_mask)
+    gl.store(out_ptr + t.to(gl.int64) * 14336 + n, gl.convert_layout(((v_2 * (1 / (1 + gl.exp(-v_2)))) *
+            (y1 * rsqrt)).to(out_ptr.dtype.element_ty), Z), mask=t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -1428,9 +1454,17 @@ def down_proj_stream_copies(down_proj_tiles, x_tiles, w_ring, x_ring, ready, don
 
 
 @gluon.jit
-def down_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
-                              BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    # The other warps: the products of all steps.
+def down_proj_stream_products(x_2_ptr, n_0, t_0, T, w_ring, x_ring, ready, done, steps, Y: gl.constexpr,
+                              Z: gl.constexpr, PDL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+                              STAGES: gl.constexpr):
+    # The other warps: what the epilogue reads is loaded first; then the products of all steps.
+    if PDL:
+        gdc_wait()
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    x_2 = gl.load(x_2_ptr + t * 4096 + n, mask=t_mask, other=0)
     GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
     y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
     if GROUPS:
@@ -1438,25 +1472,24 @@ def down_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexp
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile, y0, is_async=True)
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
-    return (y0,)
+    return y0, x_2
 
 
 @gluon.jit(do_not_specialize=["T"])
 def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                     GIVEN: tl.constexpr, PDL: tl.constexpr):
+                     PDL: tl.constexpr):
     # mistral.fuse:37   down_proj(silu(gate_proj(x)) * up_proj(x))
     # mistral.fuse:46   h + mlp(post_attention_layernorm(h))
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
@@ -1469,6 +1502,8 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
     SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
     Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -1486,9 +1521,9 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
-    (y0,) = gl.warp_specialize([
-        (down_proj_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+    y0, x_2 = gl.warp_specialize([
+        (down_proj_stream_products, (x_2_ptr, n_0, t_0, T, w_ring, x_ring, ready, done, steps, Y, Z, PDL, BLOCK_M,
+        BLOCK_N, STAGES)),
         (down_proj_stream_copies, (
             down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
@@ -1496,24 +1531,29 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         gl.store(cell + split * whole, y0)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
-    t = t_0 + m
+    y0 = gl.convert_layout(y0, Z)
+    x_2 = x_2.to(gl.float32)
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    x_2 = gl.load(x_2_ptr + t * 4096 + n, mask=t_mask, other=0).to(gl.float32)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     gl.store(out_ptr + t.to(gl.int64) * 4096 + n, x_2 + y0, mask=t_mask)
 
 
@@ -1656,42 +1696,50 @@ def lm_head_stream_copies(lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n
 
 @gluon.jit
 def lm_head_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
-                            BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BLOCK_K: gl.constexpr, GIVEN: gl.constexpr):
-    # The other warps: the products of all steps, and what each thread has seen of the row reductions.
+                            BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    # The other warps: the products of all steps.
     GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
-    WARPS: gl.constexpr = gl.num_warps()
-    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
     y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
     if GROUPS:
         y0 = warpgroup_mma_init(y0)
-    mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if not GIVEN:
-            x_seen = x_tile.load(X).to(gl.float32)
-            mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
-                    EIGHTS)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile, y0, is_async=True)
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
-    return y0, mean_k
+    return (y0,)
+
+
+@gluon.jit
+def lm_head_stream_reductions(x_ring, row_sums, ready, done, steps, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr,
+                              STAGES: gl.constexpr):
+    # Warps of their own: the row reductions. Each thread keeps what it has seen, and they are put together at the end.
+    WARPS: gl.constexpr = gl.num_warps()
+    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
+    mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        x_seen = x_ring.index(place).load(X).to(gl.float32)
+        mbarrier.arrive(done.index(place))
+        mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2), EIGHTS)
+    row_sums.index(0).store(gl.sum(mean_k, 1))
 
 
 @gluon.jit(do_not_specialize=["T"])
-def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, stats_ptr, T, BLOCK_M: tl.constexpr,
+def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                   GIVEN: tl.constexpr, PDL: tl.constexpr):
+                   REDUCERS: tl.constexpr, REDUCING: tl.constexpr, PDL: tl.constexpr):
     # mistral.fuse:46   h + mlp(post_attention_layernorm(h))
     # mistral.fuse:56   lm_head(norm(x))
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
@@ -1718,49 +1766,49 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
     done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(done.index(stage), count=1)
+        mbarrier.init(done.index(stage), count=2)
     fence_async_shared()
-    y0, mean_k = gl.warp_specialize([
-        (lm_head_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES, BLOCK_K, GIVEN)),
+    row_sums = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    (y0,) = gl.warp_specialize([
+        (lm_head_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (lm_head_stream_copies, (
             lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
-    ], [1], [40])
+        (lm_head_stream_reductions, (x_ring, row_sums, ready, done, steps, BLOCK_M, BLOCK_K, STAGES)),
+    ], [1, REDUCERS], [40, REDUCING])
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    if not GIVEN:
-        mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
+    mean = row_sums.index(0).load(gl.SliceLayout(0, Y))
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         sums = partial_ptr + SPLITS * LEAVES * whole + tile * (SPLITS * BLOCK_M)
         gl.store(cell + split * whole, y0)
-        if not GIVEN:
-            gl.store(sums + split * BLOCK_M + m, mean)
+        gl.store(sums + split * BLOCK_M + m, mean)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        if not GIVEN:
-            mean = gl.full([1, BLOCK_M], 0.0, gl.float32, Y)
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * whole, cache_modifier=".cg")
+        mean = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(0, Y))
         for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
-            if not GIVEN:
-                mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
-                mean = mean + mean_part
+            mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
+            mean = mean + mean_part
         gl.store(arrivals_ptr + tile, 0)
-    if not GIVEN:
-        mean = mean / 4096
-    t = t_0 + m
+    mean = mean / 4096
+    mean = mean[None, :]
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    if GIVEN:
-        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     v = mean + 1e-05
     rsqrt = gl.rsqrt(v)
     gl.store(out_ptr + t.to(gl.int64) * 32000 + n, y0 * rsqrt, mask=t_mask)

@@ -121,14 +121,13 @@ def q_k_v_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constex
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile, y0, is_async=True)
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
@@ -139,7 +138,7 @@ def q_k_v_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constex
 @gluon.jit(do_not_specialize=["T"])
 def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, out0_ptr, out1_ptr, v_cache_ptr, slots_ptr, partial_ptr, arrivals_ptr,
                       T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                      STAGES: tl.constexpr, GIVEN: tl.constexpr, PDL: tl.constexpr):
+                      STAGES: tl.constexpr, PDL: tl.constexpr):
     # olmo2.fuse:32   q = rope[K](q_norm(q_proj(x)), pos, freqs)
     # olmo2.fuse:33   k = rope[K](k_norm(k_proj(x)), pos, freqs)
     # olmo2.fuse:34   v = v_proj(x)
@@ -154,6 +153,8 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, out0_ptr, out1_ptr, v_cache_ptr
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
     SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
     Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -172,8 +173,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, out0_ptr, out1_ptr, v_cache_ptr
         mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
     (y0,) = gl.warp_specialize([
-        (q_k_v_proj_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+        (q_k_v_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (q_k_v_proj_stream_copies, (
             q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
@@ -181,43 +181,42 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, out0_ptr, out1_ptr, v_cache_ptr
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         gl.store(cell + split * whole, y0)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
-
-    # Results go to several places, each with its own addresses: from 64 tokens on a thread takes eight neighbours along n, which
-    # it reads and writes at once.
-    LANES: gl.constexpr = BLOCK_N // 8
-    Z: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1]) if BLOCK_M >= 64 else Y
-    y0 = gl.convert_layout(y0, Z)
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))[None, :]
-    row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
-    t = t_0 + m
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
     if n_0 < 4096:
         inside = n < 4096
-        gl.store(out0_ptr + t.to(gl.int64) * 4096 + n, y0, mask=inside & t_mask)
+        gl.store(out0_ptr + t.to(gl.int64) * 4096 + n, gl.convert_layout((y0).to(out0_ptr.dtype.element_ty), Z),
+                mask=inside & t_mask)
     if (n_0 + BLOCK_N - 1 >= 4096) & (n_0 < 8192):
         inside_2 = (n >= 4096) & (n < 8192)
         i = n - 4096
-        gl.store(out1_ptr + t.to(gl.int64) * 4096 + i, y0, mask=inside_2 & t_mask)
+        gl.store(out1_ptr + t.to(gl.int64) * 4096 + i, gl.convert_layout((y0).to(out1_ptr.dtype.element_ty), Z),
+                mask=inside_2 & t_mask)
     if n_0 + BLOCK_N - 1 >= 8192:
         inside_3 = n >= 8192
         i_2 = n - 8192
-        slot = gl.load(slots_ptr + t, mask=t_mask, other=-1)
-        gl.store(v_cache_ptr + slot * 4096 + i_2, y0, mask=inside_3 & t_mask & (slot >= 0))
+        slot = gl.load(slots_ptr + t_line, mask=t_line < T, other=-1)[None, :]
+        gl.store(v_cache_ptr + slot * 4096 + i_2, gl.convert_layout((y0).to(v_cache_ptr.dtype.element_ty), Z),
+                mask=inside_3 & t_mask & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -712,14 +711,13 @@ def o_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, 
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile, y0, is_async=True)
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
@@ -730,7 +728,7 @@ def o_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, 
 @gluon.jit(do_not_specialize=["T"])
 def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                  GIVEN: tl.constexpr, PDL: tl.constexpr):
+                  PDL: tl.constexpr):
     # olmo2.fuse:35   o_proj(attend[K](q, cache(k), cache(v), pos))
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 4096
@@ -742,6 +740,8 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
     SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
     Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -759,8 +759,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
         mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
     (y0,) = gl.warp_specialize([
-        (o_proj_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+        (o_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (o_proj_stream_copies, (
             o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
@@ -768,24 +767,28 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         gl.store(cell + split * whole, y0)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
-    t = t_0 + m
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    gl.store(out_ptr + t.to(gl.int64) * 4096 + n, y0, mask=t_mask)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    gl.store(out_ptr + t.to(gl.int64) * 4096 + n, gl.convert_layout((y0).to(out_ptr.dtype.element_ty), Z), mask=t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -971,18 +974,17 @@ def gate_up_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.const
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile.permute((1, 0)), y0, is_async=True)
-            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile.permute((1, 0)), y1, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile, y0, is_async=True)
+            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile, y1, is_async=True)
             y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
@@ -994,7 +996,7 @@ def gate_up_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.const
 @gluon.jit(do_not_specialize=["T"])
 def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                        GIVEN: tl.constexpr, PDL: tl.constexpr):
+                        PDL: tl.constexpr):
     # olmo2.fuse:42   down_proj(silu(gate_proj(x)) * up_proj(x))
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 11008
@@ -1006,6 +1008,8 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
     SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
     Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -1024,8 +1028,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
         mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
     y0, y1 = gl.warp_specialize([
-        (gate_up_proj_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+        (gate_up_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (gate_up_proj_stream_copies, (
             gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
@@ -1033,27 +1036,33 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         gl.store(cell + split * LEAVES * whole, y0)
         gl.store(cell + (split * LEAVES + 1) * whole, y1)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
-            y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * LEAVES * whole, cache_modifier=".cg")
+            y1 += gl.load(cell + ((1 - split) * LEAVES + 1) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
+                y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
-    t = t_0 + m
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    gl.store(out_ptr + t.to(gl.int64) * 11008 + n, (y0 * (1 / (1 + gl.exp(-y0)))) * y1, mask=t_mask)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    gl.store(out_ptr + t.to(gl.int64) * 11008 + n, gl.convert_layout(((y0 * (1 / (1 + gl.exp(-y0)))) *
+            y1).to(out_ptr.dtype.element_ty), Z), mask=t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -1224,14 +1233,13 @@ def down_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexp
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile, y0, is_async=True)
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
@@ -1242,7 +1250,7 @@ def down_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexp
 @gluon.jit(do_not_specialize=["T"])
 def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                     GIVEN: tl.constexpr, PDL: tl.constexpr):
+                     PDL: tl.constexpr):
     # olmo2.fuse:42   down_proj(silu(gate_proj(x)) * up_proj(x))
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
     ROWS: gl.constexpr = 4096
@@ -1254,6 +1262,8 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
     TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
     SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
     Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
         gdc_launch_dependents()
     tile = gl.program_id(0)
@@ -1272,8 +1282,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
         mbarrier.init(done.index(stage), count=1)
     fence_async_shared()
     (y0,) = gl.warp_specialize([
-        (down_proj_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+        (down_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (down_proj_stream_copies, (
             down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
@@ -1281,24 +1290,28 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         gl.store(cell + split * whole, y0)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * whole, cache_modifier=".cg")
         gl.store(arrivals_ptr + tile, 0)
-    t = t_0 + m
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    gl.store(out_ptr + t.to(gl.int64) * 4096 + n, y0, mask=t_mask)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    gl.store(out_ptr + t.to(gl.int64) * 4096 + n, gl.convert_layout((y0).to(out_ptr.dtype.element_ty), Z), mask=t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -1476,42 +1489,50 @@ def lm_head_stream_copies(lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n
 
 @gluon.jit
 def lm_head_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
-                            BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BLOCK_K: gl.constexpr, GIVEN: gl.constexpr):
-    # The other warps: the products of all steps, and what each thread has seen of the row reductions.
+                            BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    # The other warps: the products of all steps.
     GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
-    WARPS: gl.constexpr = gl.num_warps()
-    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
     y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
     if GROUPS:
         y0 = warpgroup_mma_init(y0)
-    mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
     for step in range(steps):
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place)
+        x_tile = x_ring.index(place).permute((1, 0))
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place), x_tile.permute((1, 0)), y0, is_async=True)
-        else:
-            x_part = x_tile.permute((1, 0)).load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-        if not GIVEN:
-            x_seen = x_tile.load(X).to(gl.float32)
-            mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
-                    EIGHTS)
-        if GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place), x_tile, y0, is_async=True)
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
         # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
         mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
     if GROUPS:
         y0 = warpgroup_mma_wait(0, deps=(y0,))
-    return y0, mean_k
+    return (y0,)
+
+
+@gluon.jit
+def lm_head_stream_reductions(x_ring, row_sums, ready, done, steps, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr,
+                              STAGES: gl.constexpr):
+    # Warps of their own: the row reductions. Each thread keeps what it has seen, and they are put together at the end.
+    WARPS: gl.constexpr = gl.num_warps()
+    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
+    mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        x_seen = x_ring.index(place).load(X).to(gl.float32)
+        mbarrier.arrive(done.index(place))
+        mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2), EIGHTS)
+    row_sums.index(0).store(gl.sum(mean_k, 1))
 
 
 @gluon.jit(do_not_specialize=["T"])
-def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, stats_ptr, T, BLOCK_M: tl.constexpr,
+def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                   GIVEN: tl.constexpr, PDL: tl.constexpr):
+                   REDUCERS: tl.constexpr, REDUCING: tl.constexpr, PDL: tl.constexpr):
     # olmo2.fuse:21   h = f32(x)
     # olmo2.fuse:22   f32(weight) * h * rsqrt(mean[I](h^2) + eps) as x
     # olmo2.fuse:51   h + post_feedforward_layernorm(mlp(h))
@@ -1540,49 +1561,49 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, s
     done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(done.index(stage), count=1)
+        mbarrier.init(done.index(stage), count=2)
     fence_async_shared()
-    y0, mean_k = gl.warp_specialize([
-        (lm_head_stream_products, (
-            w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES, BLOCK_K, GIVEN)),
+    row_sums = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    (y0,) = gl.warp_specialize([
+        (lm_head_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (lm_head_stream_copies, (
             lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
-    ], [1], [40])
+        (lm_head_stream_reductions, (x_ring, row_sums, ready, done, steps, BLOCK_M, BLOCK_K, STAGES)),
+    ], [1, REDUCERS], [40, REDUCING])
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
 
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))[None, :]
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
     row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
-    if not GIVEN:
-        mean = gl.convert_layout(gl.sum(mean_k, 1), gl.SliceLayout(0, Y))[None, :]
+    mean = row_sums.index(0).load(gl.SliceLayout(0, Y))
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m
+        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         sums = partial_ptr + SPLITS * LEAVES * whole + tile * (SPLITS * BLOCK_M)
         gl.store(cell + split * whole, y0)
-        if not GIVEN:
-            gl.store(sums + split * BLOCK_M + m, mean)
+        gl.store(sums + split * BLOCK_M + m, mean)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        if not GIVEN:
-            mean = gl.full([1, BLOCK_M], 0.0, gl.float32, Y)
+        if SPLITS == 2:  # the other part is all that is missing
+            y0 += gl.load(cell + (1 - split) * whole, cache_modifier=".cg")
+        else:
+            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            for part in gl.static_range(SPLITS):
+                y0 += gl.load(cell + part * whole, cache_modifier=".cg")
+        mean = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(0, Y))
         for part in gl.static_range(SPLITS):
-            y0 += gl.load(cell + part * whole, cache_modifier=".cg")
-            if not GIVEN:
-                mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
-                mean = mean + mean_part
+            mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
+            mean = mean + mean_part
         gl.store(arrivals_ptr + tile, 0)
-    if not GIVEN:
-        mean = mean / 4096
-    t = t_0 + m
+    mean = mean / 4096
+    mean = mean[None, :]
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
+    t = t_line[None, :]
     t_mask = t < T
-    n = n_0 + row
-    if GIVEN:
-        mean = gl.load(stats_ptr + t, mask=t_mask, other=0)
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     v = mean + 1e-06
     rsqrt = gl.rsqrt(v)
     gl.store(out_ptr + t.to(gl.int64) * 100352 + n, y0 * rsqrt, mask=t_mask)

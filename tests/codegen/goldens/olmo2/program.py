@@ -31,19 +31,19 @@ def q_k_v_proj(m, T, q_k_v_proj, x, out0, out1, v_cache, slots, partial, arrival
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(12288, 64), 1)](
             tiles(q_k_v_proj, 4096, 64, 128), tiles(x[:T], 4096, 16, 128), out0, out1, v_cache, slots, partial,
             arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(12288, 64), 1)](
             tiles(q_k_v_proj, 4096, 64, 128), tiles(x[:T], 4096, 32, 128), out0, out1, v_cache, slots, partial,
             arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(12288, 64), 1)](
             tiles(q_k_v_proj, 4096, 64, 128), tiles(x[:T], 4096, 64, 128), out0, out1, v_cache, slots, partial,
             arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(12288, 32), 1)](
@@ -100,23 +100,23 @@ def o_proj(m, T, o_proj, attended, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             tiles(o_proj, 4096, 64, 256), tiles(attended[:T], 4096, 16, 256), out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, STAGES=5, GIVEN=False, SPLITS=2,
-            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, STAGES=5, SPLITS=2,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 1)](
             tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 32, 128), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=9, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=9, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 1)](
             tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 64, 128), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=6, GIVEN=False, SPLITS=1,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=6, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=104, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
         kernels.o_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(4096, 64), 1)](
             tiles(o_proj, 4096, 64, 64), tiles(attended[:T], 4096, 128, 64), out, partial, arrivals, T,
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=9, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=4, maxnreg=192, launch_pdl=PDL)
+            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=9, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=152, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, out, partial, arrivals, T,
@@ -159,17 +159,17 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(11008, 64), 1)](
             tiles(gate_up_proj, 4096, 64, 128), tiles(x[:T], 4096, 16, 128), out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1,
+            PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(11008, 64), 1)](
             tiles(gate_up_proj, 4096, 64, 64), tiles(x[:T], 4096, 32, 64), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=1,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, SPLITS=1,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(11008, 64), 1)](
             tiles(gate_up_proj, 4096, 64, 64), tiles(x[:T], 4096, 64, 64), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=1,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, SPLITS=1,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(11008, 16), 1)](
@@ -203,17 +203,17 @@ def down_proj(m, T, down_proj, x, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 4)](
             tiles(down_proj, 11008, 64, 128), tiles(x[:T], 11008, 16, 128), out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4,
-            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.down_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 4)](
             tiles(down_proj, 11008, 64, 128), tiles(x[:T], 11008, 32, 128), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.down_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 4)](
             tiles(down_proj, 11008, 64, 128), tiles(x[:T], 11008, 64, 128), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=4,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 32), 2)](
@@ -251,23 +251,20 @@ def lm_head(m, N, lm_head, rows, x, out, partial, arrivals):
             lm_head, rows, x, out,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
-        stats = m.stats(N, 1)
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(100352, 64), 1)](
-            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, rows), 4096, 16, 128), out, partial, arrivals, stats, N,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, rows), 4096, 16, 128), out, partial, arrivals, N,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40,
+            PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 17 <= N <= 32:
-        stats = m.stats(N, 1)
         kernels.lm_head_stream[(triton.cdiv(N, 32) * triton.cdiv(100352, 64), 1)](
-            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, rows), 4096, 32, 128), out, partial, arrivals, stats, N,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, rows), 4096, 32, 128), out, partial, arrivals, N,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=48,
+            PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 33 <= N <= 64:
-        stats = m.stats(N, 1)
         kernels.lm_head_stream[(triton.cdiv(N, 64) * triton.cdiv(100352, 64), 1)](
-            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, rows), 4096, 64, 128), out, partial, arrivals, stats, N,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
+            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, rows), 4096, 64, 128), out, partial, arrivals, N,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=56,
+            PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif N <= 16:
         kernels.lm_head_skinny[(triton.cdiv(N, 16) * triton.cdiv(100352, 32), 1)](
             lm_head, rows, x, out, partial, arrivals, N,

@@ -30,26 +30,23 @@ def q_k_v_proj(m, T, q_k_v_proj, x, q_proj_bias, cos, q_proj_bias_2, sin, out, k
             v_proj_bias, v_cache,
             BLOCK_N=4, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
-        stats = m.stats(T, 1)
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(2304, 64), 7)](
             tiles(q_k_v_proj, 3584, 64, 128), tiles(x[:T], 3584, 16, 128), q_proj_bias, cos, q_proj_bias_2, sin, out,
-            k_proj_bias, k_proj_bias_2, k_cache, slots, v_proj_bias, v_cache, partial, arrivals, stats, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=7,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            k_proj_bias, k_proj_bias_2, k_cache, slots, v_proj_bias, v_cache, partial, arrivals, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=7, REDUCERS=4, REDUCING=40,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
-        stats = m.stats(T, 1)
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(2304, 64), 7)](
             tiles(q_k_v_proj, 3584, 64, 64), tiles(x[:T], 3584, 32, 64), q_proj_bias, cos, q_proj_bias_2, sin, out,
-            k_proj_bias, k_proj_bias_2, k_cache, slots, v_proj_bias, v_cache, partial, arrivals, stats, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=7,
-            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
+            k_proj_bias, k_proj_bias_2, k_cache, slots, v_proj_bias, v_cache, partial, arrivals, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, SPLITS=7, REDUCERS=4, REDUCING=40,
+            PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
-        stats = m.stats(T, 1)
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(2304, 64), 7)](
             tiles(q_k_v_proj, 3584, 64, 64), tiles(x[:T], 3584, 64, 64), q_proj_bias, cos, q_proj_bias_2, sin, out,
-            k_proj_bias, k_proj_bias_2, k_cache, slots, v_proj_bias, v_cache, partial, arrivals, stats, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=7,
-            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
+            k_proj_bias, k_proj_bias_2, k_cache, slots, v_proj_bias, v_cache, partial, arrivals, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, SPLITS=7, REDUCERS=4, REDUCING=48,
+            PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(2304, 16), 1)](
             q_k_v_proj, x, q_proj_bias, cos, q_proj_bias_2, sin, out, k_proj_bias, k_proj_bias_2, k_cache, slots,
@@ -108,17 +105,17 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3584, 64), 4)](
             tiles(o_proj, 3584, 64, 128), tiles(attended[:T], 3584, 16, 128), x, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4,
-            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3584, 64), 4)](
             tiles(o_proj, 3584, 64, 128), tiles(attended[:T], 3584, 32, 128), x, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3584, 64), 4)](
             tiles(o_proj, 3584, 64, 128), tiles(attended[:T], 3584, 64, 128), x, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=4,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3584, 32), 2)](
@@ -146,23 +143,20 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
             gate_up_proj, x, out,
             BLOCK_N=8, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
-        stats = m.stats(T, 1)
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(18944, 64), 1)](
-            tiles(gate_up_proj, 3584, 64, 128), tiles(x[:T], 3584, 16, 128), out, partial, arrivals, stats, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            tiles(gate_up_proj, 3584, 64, 128), tiles(x[:T], 3584, 16, 128), out, partial, arrivals, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=40,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
-        stats = m.stats(T, 1)
         kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(18944, 64), 1)](
-            tiles(gate_up_proj, 3584, 64, 64), tiles(x[:T], 3584, 32, 64), out, partial, arrivals, stats, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
+            tiles(gate_up_proj, 3584, 64, 64), tiles(x[:T], 3584, 32, 64), out, partial, arrivals, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40,
+            PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
-        stats = m.stats(T, 1)
         kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(18944, 64), 1)](
-            tiles(gate_up_proj, 3584, 64, 64), tiles(x[:T], 3584, 64, 64), out, partial, arrivals, stats, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
+            tiles(gate_up_proj, 3584, 64, 64), tiles(x[:T], 3584, 64, 64), out, partial, arrivals, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=48,
+            PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(18944, 16), 1)](
             gate_up_proj, x, out, partial, arrivals, T,
@@ -199,17 +193,17 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
     elif HOPPER and 2 <= T <= 16:
         kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3584, 64), 4)](
             tiles(down_proj, 18944, 64, 128), tiles(x[:T], 18944, 16, 128), x_2, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=4,
-            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.down_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3584, 64), 4)](
             tiles(down_proj, 18944, 64, 128), tiles(x[:T], 18944, 32, 128), x_2, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=4,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=4,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.down_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3584, 64), 4)](
             tiles(down_proj, 18944, 64, 128), tiles(x[:T], 18944, 64, 128), x_2, out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=4,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=4,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3584, 32), 2)](
@@ -237,23 +231,20 @@ def lm_head(m, N, lm_head, rows, x, out, partial, arrivals):
             lm_head, rows, x, out,
             BLOCK_N=16, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
-        stats = m.stats(N, 1)
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(152064, 64), 1)](
-            tiles(lm_head, 3584, 64, 128), tiles(m.picked(x, rows), 3584, 16, 128), out, partial, arrivals, stats, N,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+            tiles(lm_head, 3584, 64, 128), tiles(m.picked(x, rows), 3584, 16, 128), out, partial, arrivals, N,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40,
+            PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 17 <= N <= 32:
-        stats = m.stats(N, 1)
         kernels.lm_head_stream[(triton.cdiv(N, 32) * triton.cdiv(152064, 64), 1)](
-            tiles(lm_head, 3584, 64, 128), tiles(m.picked(x, rows), 3584, 32, 128), out, partial, arrivals, stats, N,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
+            tiles(lm_head, 3584, 64, 128), tiles(m.picked(x, rows), 3584, 32, 128), out, partial, arrivals, N,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=48,
+            PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 33 <= N <= 64:
-        stats = m.stats(N, 1)
         kernels.lm_head_stream[(triton.cdiv(N, 64) * triton.cdiv(152064, 64), 1)](
-            tiles(lm_head, 3584, 64, 128), tiles(m.picked(x, rows), 3584, 64, 128), out, partial, arrivals, stats, N,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, GIVEN=False, SPLITS=1,
-            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
+            tiles(lm_head, 3584, 64, 128), tiles(m.picked(x, rows), 3584, 64, 128), out, partial, arrivals, N,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=56,
+            PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif N <= 16:
         kernels.lm_head_skinny[(triton.cdiv(N, 16) * triton.cdiv(152064, 32), 1)](
             lm_head, rows, x, out, partial, arrivals, N,
