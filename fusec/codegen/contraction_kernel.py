@@ -279,7 +279,7 @@ class ContractionWriter(Writer):
         """What the epilogue calls the places of a stream's tile."""
         lines = [f"t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, {layout}))", "t = t_line[None, :]", "t_mask = t < T",
                  f"n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, {layout}))[:, None]"]
-        return [*lines, "n_mask = n < ROWS"] if self.masked_n else lines
+        return [*lines, f"n_mask = n < {self.parts.n}"] if self.masked_n else lines
 
     # ---- after the product ---------------------------------------------------------------------------------------------------
 
