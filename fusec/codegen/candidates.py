@@ -73,7 +73,7 @@ def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
     parts = (SHARED, SHARED * 2 // 3, SHARED // 2)
     for n, bk, warps, room in itertools.product(heights, widths, (4, 8), parts):
         place, steps, tiles = (n * leaves + tokens) * bk * itemsize, k // bk, -(-rows // n)
-        most = min((room - 4096) // place, 12)
+        most = min((room - 4096) // place, 20 if place <= 10240 else 12)
         if itemsize != 2 or k % bk or most < 2 or tokens * min(warps, n // 16) // warps < 8:
             continue
         if warps == 8 and n * leaves * tokens < 4096:  # nothing to share out

@@ -117,6 +117,7 @@ class ContractionWriter(Writer):
             "turn": turn,
             "early_takes": [p for p in (*names.values(), "n_0", "t_0", "T") if re.search(rf"\b{p}\b", "\n".join(early))],
             "loaded": loaded,
+            "stacks": turn == "products" and parts.leaves == 2,
             "copy_registers": schedule.COPY_REGISTERS,
             "results": ", ".join([*ys, *loaded]) if ys[1:] or loaded else "(y0,)",
             "precision": ', input_precision="ieee"' if self.dtype == "float32" else "",

@@ -20,9 +20,9 @@ if INTERPRETED:
     @pytest.mark.parametrize("splits, k", SPLITS)
     def test_any_number_of_splits(splits, k, leaves, tmp_path):
         case = Case("skinny", 40, k, leaves, 4, schedule.Skinny(16, 16, 16, 32, splits, 4, 2), tmp_path, 0)
-        x, w = operands(case, "cpu")
-        want = result(x, w, torch.float64)
-        assert (case.run(x, w, PDL=False).double() - want).norm() <= 1e-5 * want.norm()
+        x, w, h = operands(case, "cpu")
+        want = result(x, w, h, torch.float64)
+        assert (case.run(x, w, h, PDL=False).double() - want).norm() <= 1e-5 * want.norm()
 
 else:
 
@@ -35,7 +35,7 @@ else:
     def test_candidates_give_every_program_work(rows, k, leaves):
         for tokens in candidates.TOKENS["skinny"]:
             tiles = candidates.tiles_for("skinny", rows, k, leaves, 2, tokens)
-            assert 0 < len(tiles) <= candidates.MOST + 12
+            assert 0 < len(tiles) <= candidates.MOST_STREAMS + 12
             for t in tiles:
                 if candidates.form_of(t) == "skinny":
                     share = -(-k // (t.block_k * t.splits)) * t.block_k

@@ -3,6 +3,7 @@
 Tiles are compiled in parallel processes first.
 """
 
+import itertools
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +25,7 @@ TILES = {"gemv": schedule.Gemv, "skinny": schedule.Skinny, "stream": schedule.St
 
 
 def rows():
-    """(form, rows, k, leaves, itemsize, tiles) of every table, and of a few shapes beside."""
+    """(form, rows, k, leaves, itemsize, tiles) of every table, and of a few shapes and tiles beside."""
     for path in sorted(TABLES.glob("*.json")):
         for key, entries in json.loads(path.read_text()).items():
             form, *shape = key.split()
@@ -33,25 +34,30 @@ def rows():
     for shape in ((1000, 320, 1), (480, 640, 2), (6144, 4096, 1), (96, 192, 2)):  # in no table: what the rule says of them
         for tile in schedule.stream(*shape):
             yield "stream", *shape, 2, tile
+    for tokens, splits in itertools.product((16, 32, 64, 128), (1, 2, 3)):  # two leaves one below the other
+        yield "stream", 480, 640, 2, 2, schedule.Stream(tokens, 32, 64, splits, 4 if tokens < 128 else 8, 3)
 
 
 def test_every_tile(tmp_path):
-    cases = [Case(*row, tmp_path, number) for number, row in enumerate(rows())]
+    """Streams also with an epilogue that reads, which turns their products before it."""
+    every = [(row, reads) for row in rows() for reads in ((False, True) if row[0] == "stream" else (False,))]
+    cases = [Case(*row, tmp_path, number, reads) for number, (row, reads) in enumerate(every)]
     assert cases
-    cases.sort(key=lambda case: (case.n, case.k, case.leaves, case.tokens))
+    cases.sort(key=lambda case: (case.n, case.k, case.leaves, case.tokens, case.reads))
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn")) as pool:
         problems = list(pool.map(tune.warm, [case.job() for case in cases]))
     assert not any(problems), [f"{case}: {problem}" for case, problem in zip(cases, problems, strict=True) if problem]
     wrong, drawn, of = [], None, None
     for case in cases:
-        shape = (case.n, case.k, case.leaves, case.tokens, case.dtype)
+        shape = (case.n, case.k, case.leaves, case.tokens, case.dtype, case.reads)
         if shape != of:
             drawn = None  # frees the last ones first
-            x, w = operands(case, "cuda")
-            exact = torch.cat([result(part, w, torch.float64) for part in x.split(64)])
-            drawn, of = (x, w, exact, (result(x, w, case.dtype) - exact).norm()), shape
-        x, w, exact, theirs = drawn
-        error = (case.run(x, w, PDL=True, launch_pdl=True).double() - exact).norm()
+            x, w, h = operands(case, "cuda")
+            parts = zip(x.split(64), h.split(64), strict=True)
+            exact = torch.cat([result(part, w, beside, torch.float64, case.reads) for part, beside in parts])
+            drawn, of = (x, w, h, exact, (result(x, w, h, case.dtype, case.reads) - exact).norm()), shape
+        x, w, h, exact, theirs = drawn
+        error = (case.run(x, w, h, PDL=True, launch_pdl=True).double() - exact).norm()
         if not error <= 1.5 * theirs:
             wrong.append(f"{case}: {error / theirs:.2f} times torch's error")
     assert not wrong, "\n".join(wrong)
@@ -62,8 +68,8 @@ def test_streams_in_several_waves(leaves, tmp_path):
     """Programs that start while others write their results have reads in flight for long: a place of the ring that is given back
     too early shows here, in one run of ten."""
     case = Case("stream", 14336, 4096, leaves, 2, schedule.Stream(32, 32, 64, 2, 4, 9), tmp_path, 0)
-    x, w = operands(case, "cuda")
-    exact = result(x, w, torch.float64)
-    theirs = (result(x, w, case.dtype) - exact).norm()
+    x, w, h = operands(case, "cuda")
+    exact = result(x, w, h, torch.float64)
+    theirs = (result(x, w, h, case.dtype) - exact).norm()
     for _ in range(100):
-        assert (case.run(x, w, PDL=True, launch_pdl=True).double() - exact).norm() <= 1.5 * theirs
+        assert (case.run(x, w, h, PDL=True, launch_pdl=True).double() - exact).norm() <= 1.5 * theirs

@@ -140,34 +140,47 @@ def q_k_v_proj_stream_copies(q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, d
 
 @gluon.jit
 def q_k_v_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
-                               BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+                               BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STACKED: gl.constexpr,
+                               STAGES: gl.constexpr):
     # The other warps: the products of all steps.
-    GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
-    LEAVES: gl.constexpr = 2
-    y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-    y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-    if GROUPS:
-        y0 = warpgroup_mma_init(y0)
-        y1 = warpgroup_mma_init(y1)
-    for step in range(steps):
-        place = step % STAGES
-        mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_tile = x_ring.index(place).permute((1, 0))
+    if STACKED:
+        pairs = w_ring._reinterpret(w_ring.dtype, [STAGES, 2 * BLOCK_N, BLOCK_K], w_ring.layout)
+        y0 = warpgroup_mma_init(gl.zeros([2 * BLOCK_N, BLOCK_M], gl.float32, Y))
+        for step in range(steps):
+            place = step % STAGES
+            mbarrier.wait(ready.index(place), step // STAGES & 1)
+            y0 = warpgroup_mma(pairs.index(place), x_ring.index(place).permute((1, 0)), y0, is_async=True)
+            y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
+            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)  # as below
+        y0 = warpgroup_mma_wait(0, deps=(y0,))
+        y1 = y0
+    else:
+        GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
+        LEAVES: gl.constexpr = 2
+        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+        y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
         if GROUPS:
-            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile, y0, is_async=True)
-            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile, y1, is_async=True)
-            y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
-        else:
-            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
-            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
-        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
-        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-    if GROUPS:
-        y0 = warpgroup_mma_wait(0, deps=(y0,))
-        y1 = warpgroup_mma_wait(0, deps=(y1,))
+        for step in range(steps):
+            place = step % STAGES
+            mbarrier.wait(ready.index(place), step // STAGES & 1)
+            x_tile = x_ring.index(place).permute((1, 0))
+            if GROUPS:
+                y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile, y0, is_async=True)
+                y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile, y1, is_async=True)
+                y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
+                y0 = warpgroup_mma_init(y0)
+                y1 = warpgroup_mma_init(y1)
+            else:
+                x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+                y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+                y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
+            # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
+        if GROUPS:
+            y0 = warpgroup_mma_wait(0, deps=(y0,))
+            y1 = warpgroup_mma_wait(0, deps=(y1,))
     return y0, y1
 
 
@@ -205,9 +218,11 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
     STEPS: gl.constexpr = 4096 // BLOCK_K
     SHARE: gl.constexpr = (STEPS + SPLITS - 1) // SPLITS
     WARPS: gl.constexpr = gl.num_warps()
-    TALL: gl.constexpr = min(WARPS, BLOCK_N // 16)  # warps side by side along the rows
-    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if BLOCK_N >= 64 else [16, 8]
-    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if BLOCK_N >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
+    STACKED: gl.constexpr = BLOCK_N == 32 and BLOCK_K == 64
+    HIGH: gl.constexpr = 64 if STACKED else BLOCK_N
+    TALL: gl.constexpr = min(WARPS, HIGH // 16)  # warps side by side along the rows
+    SHAPE: gl.constexpr = [16, BLOCK_M * TALL // WARPS, 16] if HIGH >= 64 else [16, 8]
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3 if HIGH >= 64 else 2, 0], [TALL, WARPS // TALL], SHAPE)
     # What is read and written beside the products: eight neighbours along n a thread.
     Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
     if PDL:
@@ -229,7 +244,8 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
     fence_async_shared()
     row_sums = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     y0, y1 = gl.warp_specialize([
-        (q_k_v_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
+        (q_k_v_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, BLOCK_K, STACKED,
+        STAGES)),
         (q_k_v_proj_stream_copies, (
             q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
@@ -239,34 +255,41 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
         gdc_wait()  # for what the epilogue reads, and before it writes
 
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, Y))
-    row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
+    row = gl.arange(0, HIGH, gl.SliceLayout(1, Y))[:, None]
     mean = row_sums.index(0).load(gl.SliceLayout(0, Y))
     if SPLITS > 1:
         tiles = gl.num_programs(0)
-        cell = partial_ptr + tile * (BLOCK_N * BLOCK_M) + row * BLOCK_M + m[None, :]
+        cell = partial_ptr + tile * (HIGH * BLOCK_M) + row * BLOCK_M + m[None, :]
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         sums = partial_ptr + SPLITS * LEAVES * whole + tile * (SPLITS * BLOCK_M)
         gl.store(cell + split * LEAVES * whole, y0)
-        gl.store(cell + (split * LEAVES + 1) * whole, y1)
+        if not STACKED:
+            gl.store(cell + (split * LEAVES + 1) * whole, y1)
         gl.store(sums + split * BLOCK_M + m, mean)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
         if SPLITS == 2:  # the other part is all that is missing
             y0 += gl.load(cell + (1 - split) * LEAVES * whole, cache_modifier=".cg")
-            y1 += gl.load(cell + ((1 - split) * LEAVES + 1) * whole, cache_modifier=".cg")
+            if not STACKED:
+                y1 += gl.load(cell + ((1 - split) * LEAVES + 1) * whole, cache_modifier=".cg")
         else:
-            y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-            y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
+            y0 = gl.zeros([HIGH, BLOCK_M], gl.float32, Y)
+            if not STACKED:
+                y1 = gl.zeros([HIGH, BLOCK_M], gl.float32, Y)
             for part in gl.static_range(SPLITS):
                 y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
-                y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
+                if not STACKED:
+                    y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
         mean = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(0, Y))
         for part in gl.static_range(SPLITS):
             mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
             mean = mean + mean_part
         gl.store(arrivals_ptr + tile, 0)
     mean = mean / 4096
+    if STACKED:
+        pair = y0.reshape([2, BLOCK_N, BLOCK_M]).permute((1, 2, 0))
+        y0, y1 = gl.convert_layout(pair, gl.BlockedLayout([8, 1, 2], [4, 8, 1], [1, WARPS, 1], [2, 0, 1])).split()
     y0 = gl.convert_layout(y0, Z)
     y1 = gl.convert_layout(y1, Z)
     mean = gl.convert_layout(mean, gl.SliceLayout(0, Z))[None, :]
