@@ -29,28 +29,28 @@ def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, part
             BLOCK_N=1, BLOCK_K=4096, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3072, 32), 1)](
-            tiles(q_k_v_proj, 4096, 32, 256), tiles(x[:T], 4096, 16, 256), cos, sin, out, k_cache, slots, v_cache,
+            tiles(q_k_v_proj, 4096, 32, 128), tiles(x[:T], 4096, 16, 128), cos, sin, out, k_cache, slots, v_cache,
             partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=32, BLOCK_K=256, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=48,
-            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
+            BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, STAGES=11, SPLITS=1, REDUCERS=4, REDUCING=40,
+            PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3072, 32), 1)](
-            tiles(q_k_v_proj, 4096, 32, 128), tiles(x[:T], 4096, 32, 128), cos, sin, out, k_cache, slots, v_cache,
+            tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 32, 64), cos, sin, out, k_cache, slots, v_cache,
             partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=32, BLOCK_K=128, STAGES=9, SPLITS=1, REDUCERS=4, REDUCING=48,
-            PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=32, BLOCK_K=64, STAGES=12, SPLITS=1, REDUCERS=4, REDUCING=40,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3072, 32), 1)](
-            tiles(q_k_v_proj, 4096, 32, 128), tiles(x[:T], 4096, 64, 128), cos, sin, out, k_cache, slots, v_cache,
+            tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 64, 64), cos, sin, out, k_cache, slots, v_cache,
             partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=32, BLOCK_K=128, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=56,
+            BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=12, SPLITS=1, REDUCERS=4, REDUCING=48,
             PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
-        kernels.q_k_v_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(3072, 64), 2)](
-            tiles(q_k_v_proj, 4096, 64, 64), tiles(x[:T], 4096, 128, 64), cos, sin, out, k_cache, slots, v_cache,
+        kernels.q_k_v_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(3072, 32), 1)](
+            tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 128, 64), cos, sin, out, k_cache, slots, v_cache,
             partial, arrivals, T,
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=6, SPLITS=2, REDUCERS=4, REDUCING=56,
-            PDL=PDL, num_warps=8, maxnreg=128, launch_pdl=PDL)
+            BLOCK_M=128, BLOCK_N=32, BLOCK_K=64, STAGES=9, SPLITS=1, REDUCERS=4, REDUCING=56,
+            PDL=PDL, num_warps=4, maxnreg=120, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3072, 64), 5)](
             q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals, T,
@@ -106,14 +106,14 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
             o_proj, attended, x, out,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
-        kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
-            tiles(o_proj, 4096, 64, 256), tiles(attended[:T], 4096, 16, 256), x, out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, STAGES=5, SPLITS=2,
+        kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 1)](
+            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 16, 128), x, out, partial, arrivals, T,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=11, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
-        kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 1)](
+        kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 2)](
             tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 32, 128), x, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=9, SPLITS=1,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=9, SPLITS=2,
             PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 1)](
@@ -161,9 +161,9 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(14336, 64), 1)](
-            tiles(gate_up_proj, 4096, 64, 128), tiles(x[:T], 4096, 32, 128), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=48,
-            PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
+            tiles(gate_up_proj, 4096, 64, 64), tiles(x[:T], 4096, 32, 64), out, partial, arrivals, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=7, SPLITS=1, REDUCERS=4, REDUCING=40,
+            PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(14336, 64), 1)](
             tiles(gate_up_proj, 4096, 64, 128), tiles(x[:T], 4096, 64, 128), out, partial, arrivals, T,
@@ -226,7 +226,7 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
         kernels.down_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(4096, 64), 2)](
             tiles(down_proj, 14336, 64, 64), tiles(x[:T], 14336, 128, 64), x_2, out, partial, arrivals, T,
             BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=9, SPLITS=2,
-            PDL=PDL, num_warps=4, maxnreg=152, launch_pdl=PDL)
+            PDL=PDL, num_warps=8, maxnreg=168, launch_pdl=PDL)
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             down_proj, x, x_2, out, partial, arrivals, T,
@@ -258,9 +258,14 @@ def lm_head(m, N, lm_head, rows, x, out, partial, arrivals):
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(128256, 64), 1)](
-            tiles(lm_head, 4096, 64, 256), tiles(m.picked(x, rows), 4096, 16, 256), out, partial, arrivals, N,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=48,
-            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
+            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, rows), 4096, 16, 128), out, partial, arrivals, N,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40,
+            PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
+    elif HOPPER and 17 <= N <= 32:
+        kernels.lm_head_stream[(triton.cdiv(N, 32) * triton.cdiv(128256, 64), 1)](
+            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, rows), 4096, 32, 128), out, partial, arrivals, N,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=48,
+            PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 33 <= N <= 64:
         kernels.lm_head_stream[(triton.cdiv(N, 64) * triton.cdiv(128256, 128), 1)](
             tiles(lm_head, 4096, 128, 128), tiles(m.picked(x, rows), 4096, 64, 128), out, partial, arrivals, N,
