@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from ..ir.graph import Value
@@ -10,6 +9,7 @@ from ..passes.analysis import axis
 from . import schedule
 from .contraction import Contraction
 from .expressions import Index, coordinates, strip, term
+from .stream_epilogue import in_gluon, mark, stream_epilogue
 from .writer import REDUCE, Source, Writer, define, environment, partition, share, tidy
 
 
@@ -90,11 +90,14 @@ class ContractionWriter(Writer):
                 self.params.pointer(pointer, ("scratch", pointer))
         described = [weight, *(p for p, role in self.params.roles.items() if role == self.x_role)] if self.shape.gluon else []
         names = {p: p.replace("_ptr", "_tiles") if p in described else p for p in self.params.roles}
-        turn, loaded = None, []
+        ys = [f"y{i}" for i in range(parts.leaves)]
+        stream = None
         if self.shape.gluon:
             weight, x = (names[p] for p in described)
-            turn, early, loaded, epilogue = self.turned([in_gluon(line) for line in epilogue])
-        ys = [f"y{i}" for i in range(parts.leaves)]
+            halves = all(o.dtype == "x" for o in self.body.outputs)
+            stream = stream_epilogue(epilogue, late={*ys, *self.given.values()}, segments=len(parts.segments), halves=halves,
+                                     bound=parts.n if self.masked_n else None)  # fmt: skip
+            early, epilogue = stream.early, stream.lines
         tiles = (*self.shape.tiles[:-1], "REDUCERS", "REDUCING", "PDL") if self.shape.gluon and beside else self.shape.tiles
         context = {
             "name": name,
@@ -114,12 +117,11 @@ class ContractionWriter(Writer):
             "early": early,
             "epilogue": epilogue,
             "ys": ", ".join(ys),
-            "turn": turn,
-            "early_takes": [p for p in (*names.values(), "n_0", "t_0", "T") if re.search(rf"\b{p}\b", "\n".join(early))],
-            "loaded": loaded,
-            "stacks": turn == "products" and parts.leaves == 2,
+            "turn": stream and stream.turn,
+            "early_takes": stream and stream.takes([*names.values(), "n_0", "t_0", "T"]),
+            "stacks": stream and stream.turn == "products" and parts.leaves == 2,
+            "results": stream and (", ".join([*ys, *stream.loaded]) if ys[1:] or stream.loaded else "(y0,)"),
             "copy_registers": schedule.COPY_REGISTERS,
-            "results": ", ".join([*ys, *loaded]) if ys[1:] or loaded else "(y0,)",
             "precision": ', input_precision="ieee"' if self.dtype == "float32" else "",
         }
         text = environment().get_template(f"{form}.py.jinja").render(k=context)
@@ -236,52 +238,6 @@ class ContractionWriter(Writer):
             "combine": in_gluon(update.format(label, f"{label}_part")),
         }
 
-    def store(self, text, *where):
-        """Streams mark what they store, until it is known in which layout it is stored."""
-        super().store(f"«{strip(text)}»" if self.shape.gluon else text, *where)
-
-    def turned(self, epilogue: list[str]) -> tuple[str | None, list[str], list[str], list[str]]:
-        """(what is turned, lines before the products, what they load, lines after the products) of a stream's epilogue.
-
-        A thread has its results along t, but what they are stored to, or computed with, lies along n. Either the products are
-        turned ("products"), and what comes after is done so; or, where nothing is read and half the bytes are left at the end,
-        what is stored ("stored"); or nothing, if float32 is stored.
-        """
-        reads = any("gl.load(" in line and "slots_ptr" not in line for line in epilogue)
-        small = all(o.dtype == "x" for o in self.body.outputs)
-        turn = "products" if reads else "stored" if small else None
-        if turn == "stored":
-            epilogue = [re.sub(r"(gl\.store\((\w+).*)«(.*)»", r"\1gl.convert_layout((\3).to(\2.dtype.element_ty), Z)", line)
-                        for line in epilogue]
-        epilogue = [in_a_line(line.replace("«", "").replace("»", "")) for line in epilogue]
-        indices = self.indices("Z" if turn else "Y")
-        if not reads or len(self.parts.segments) > 1:
-            return turn, [], [], tidy([*indices, *epilogue])
-        late = {f"y{i}" for i in range(self.parts.leaves)} | set(self.given.values())
-        early, epilogue = partition(share(epilogue), late)
-        made: set[str] = set()  # what is loaded, or computed from what is loaded
-        for line in early:
-            name, _, text = line.partition(" = ")
-            if "gl.load(" in text or made & set(re.findall(r"\w+", text)):
-                made.add(name)
-        again = [line for line in early if line.partition(" = ")[0] not in made]
-        rest = tidy([*indices, *again, *epilogue])
-        words = set(re.findall(r"\w+", "\n".join(rest)))
-        loaded = [name for name in (line.partition(" = ")[0] for line in early) if name in made & words]
-        wide = ".to(gl.float32)"
-        for i, line in enumerate(early):  # what waits, waits as it was loaded
-            name, _, text = line.partition(" = ")
-            if name in loaded and text.startswith("gl.load(") and text.endswith(wide) and name not in " ".join(early[i + 1 :]):
-                early[i] = line.removesuffix(wide)
-                rest.insert(0, f"{name} = {name}{wide}")
-        return turn, tidy([*indices, *early], *loaded), loaded, rest
-
-    def indices(self, layout: str) -> list[str]:
-        """What the epilogue calls the places of a stream's tile."""
-        lines = [f"t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, {layout}))", "t = t_line[None, :]", "t_mask = t < T",
-                 f"n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, {layout}))[:, None]"]
-        return [*lines, f"n_mask = n < {self.parts.n}"] if self.masked_n else lines
-
     # ---- after the product ---------------------------------------------------------------------------------------------------
 
     def epilogue(self) -> list[str]:
@@ -340,22 +296,8 @@ class ContractionWriter(Writer):
         for piece in segment.pieces:
             text = emitter.write(piece.value)
             offset = flat_offset(piece, segment.dims, index, coords)
+            text = mark(strip(text)) if self.shape.gluon else text
             self.store(text, piece.output, piece.value, row, offset, (*masks, *self.row.masks), lines)
-
-
-def in_gluon(line: str) -> str:
-    """A line of Triton in Gluon, which has the same functions under its own name."""
-    return line.replace("tl.sigmoid(", "sigmoid(").replace("tl.", "gl.")
-
-
-def in_a_line(line: str) -> str:
-    """A load that depends on the token alone, of one value a token: as a tile it would be loaded by each of its rows."""
-    alone = r"gl\.load\((\w+ \+ [^,]*), mask=t_mask, other=([^)]*)\)"
-    found = re.search(alone, line)
-    if not found or set(re.findall(r"[A-Za-z_]\w*", found[1])) - {"t", found[1].split()[0]}:
-        return line
-    address = re.sub(r"\bt\b", "t_line", found[1])
-    return f"{line[: found.start()]}gl.load({address}, mask=t_line < T, other={found[2]})[None, :]{line[found.end() :]}"
 
 
 def flat_offset(piece, dims, index: str, coords) -> str:
