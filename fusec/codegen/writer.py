@@ -24,6 +24,7 @@ RESERVED = (
     "async_load",
     "barrier",
     "mbarrier",
+    "reinterpret",
     "mma_v2",
     "tma",
     "gl",

@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 # Triton 3.6 calls these otherwise than later versions do.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 
 @triton.jit
@@ -144,7 +145,7 @@ def q_k_v_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constex
                                STAGES: gl.constexpr):
     # The other warps: the products of all steps.
     if STACKED:
-        pairs = w_ring._reinterpret(w_ring.dtype, [STAGES, 2 * BLOCK_N, BLOCK_K], w_ring.layout)
+        pairs = reinterpret(w_ring, w_ring.dtype, [STAGES, 2 * BLOCK_N, BLOCK_K], w_ring.layout)
         y0 = warpgroup_mma_init(gl.zeros([2 * BLOCK_N, BLOCK_M], gl.float32, Y))
         for step in range(steps):
             place = step % STAGES

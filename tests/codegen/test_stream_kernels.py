@@ -1,0 +1,82 @@
+"""Streams without a GPU: what their epilogue becomes, and that every kind of it compiles for Hopper's tensor cores."""
+
+import pytest
+import torch
+from tile_case import Case
+
+from fusec import aot, tune
+from fusec.codegen import schedule
+from fusec.codegen.stream_epilogue import stream_epilogue
+
+ADDRESS = "t.to(tl.int64) * 48 + n"
+
+
+def lines_of(*lines, segments=1, halves=True, bound=None, leaves=1):
+    late = {f"y{i}" for i in range(leaves)} | {"mean"}
+    return stream_epilogue(list(lines), late=late, segments=segments, halves=halves, bound=bound)
+
+
+def test_what_the_epilogue_reads_is_loaded_before_the_products_as_it_is_stored():
+    found = lines_of("h = tl.load(h_ptr + t * 48 + n, mask=t_mask, other=0).to(tl.float32)",
+                     f"tl.store(out_ptr + {ADDRESS}, «h + y0», mask=t_mask)")
+    assert found.turn == "products" and found.loaded == ["h"]
+    assert "h = gl.load(h_ptr + t * 48 + n, mask=t_mask, other=0)" in found.early
+    assert "h = h.to(gl.float32)" in found.lines and not any("h_ptr" in line for line in found.lines)
+    assert found.takes(["w_tiles", "h_ptr", "out_ptr", "n_0", "T"]) == ["h_ptr", "n_0", "T"]
+
+
+def test_what_is_computed_from_loads_alone_is_too():
+    found = lines_of("a = tl.load(a_ptr + n).to(tl.float32)", "b = 1 + a", "c = y0 * b",
+                     f"tl.store(out_ptr + {ADDRESS}, «c», mask=t_mask)")
+    assert found.loaded == ["b"] and "b = 1 + a" in found.early
+    assert "t_mask = t < T" not in found.early and "T" not in found.takes(["T"])
+
+
+def test_where_nothing_is_read_what_is_stored_is_turned_in_half_the_bytes():
+    found = lines_of("v = y0 * mean", f"tl.store(out_ptr + {ADDRESS}, «v * (v + 1)», mask=t_mask)")
+    assert found.turn == "stored" and not found.early
+    assert "gl.convert_layout((v * (v + 1)).to(out_ptr.dtype.element_ty), Z), mask=t_mask)" in found.lines[-1]
+
+
+def test_float32_is_stored_as_it_lies():
+    found = lines_of(f"tl.store(out_ptr + {ADDRESS}, «y0», mask=t_mask)", halves=False)
+    assert found.turn is None and "convert_layout" not in found.lines[-1]
+    assert any("SliceLayout(0, Y)" in line for line in found.lines)
+
+
+def test_a_value_a_token_is_loaded_once_a_token():
+    found = lines_of("slot = tl.load(slots_ptr + t, mask=t_mask, other=-1)",
+                     "tl.store(k_ptr + slot * 8 + n, «y0», mask=t_mask & (slot >= 0))")
+    assert "slot = gl.load(slots_ptr + t_line, mask=t_line < T, other=-1)[None, :]" in found.lines
+    assert found.turn == "stored"  # a slot is an address: the epilogue reads nothing that it computes with
+
+
+def test_loads_of_several_segments_stay_where_they_are():
+    found = lines_of("if n_0 < 16:", "    c = tl.load(c_ptr + t * 8 + n, mask=t_mask, other=0)",
+                     f"    tl.store(out_ptr + {ADDRESS}, «y0 * c», mask=t_mask)", segments=2)
+    assert found.turn == "products" and not found.early and not found.loaded
+
+
+KINDS = [  # rows, leaves, reads, tile
+    (480, 1, True, schedule.Stream(16, 64, 64, 2, 4, 3)),  # rows that tiles do not divide
+    (480, 1, False, schedule.Stream(64, 64, 128, 1, 4, 3)),
+    (480, 2, True, schedule.Stream(64, 32, 64, 3, 4, 4)),  # two leaves one below the other
+    (512, 2, False, schedule.Stream(32, 16, 128, 1, 4, 3)),
+    (512, 2, True, schedule.Stream(128, 64, 64, 2, 8, 3)),
+    (1024, 1, True, schedule.Stream(128, 128, 64, 1, 4, 3)),
+]
+
+
+@pytest.mark.parametrize("rows, leaves, reads, tile", KINDS)
+def test_every_kind_compiles(rows, leaves, reads, tile, tmp_path):
+    case = Case("stream", rows, 640, leaves, 2, tile, tmp_path, f"{rows}_{tile.tokens}_{tile.block_n}", reads)
+    path, name, arguments, sizes, options = case.job()
+    kernels = tune.load_kernels(path)
+    values = [tune.argument(a) if not isinstance(a, str) else torch.empty(1, dtype=getattr(torch, a), device="meta")
+              for a in arguments]
+    variant = aot.specialize(getattr(kernels, name), name, (1,), values, sizes | options)
+    job = {"kernel": name, "signature": variant.signature, "constants": variant.constants, "aligned": variant.aligned,
+           "options": variant.options, "target": 90}
+    cubin = aot.compile_one(kernels, job)
+    stacked = leaves == 2 and reads and tile.block_n == 32 and tile.block_k == 64
+    assert cubin.spills <= 64 and ("wgmma.mma_async" in cubin.ptx) == (tile.block_n >= 64 or stacked)
