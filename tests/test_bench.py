@@ -1,13 +1,15 @@
 """The benchmarks, as far as a machine without a GPU can tell: bytes, shapes, and what is printed."""
 
 import json
+import os
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from fusec.bench import decode, kernels
+from fusec.bench import clock, decode, kernels
 from fusec.bench.attention import lengths_of
 from fusec.bench.cli import bench
 from fusec.bench.decode import case, decode_bytes, ramp
@@ -191,8 +193,31 @@ def test_a_token_takes_the_median_of_steps_and_the_rate_is_of_the_mean(monkeypat
     llm = make_llm(TINY, device=torch.device("cpu"), dtype="float32", batch=2, longest=64, budget=16)
     ticks = iter([0.0, 1.0, 2.0, 3.0, 13.0, 14.0, 15.0, 16.0, *range(17, 99)])  # one step took ten times as long
     monkeypatch.setattr(decode.time, "perf_counter", lambda: next(ticks))
-    median, mean, _ = decode.time_per_token(llm, 2, 8, ramp(2, 8, 16) + 9)
+    median, mean, *_ = decode.time_per_token(llm, 2, 8, ramp(2, 8, 16) + 9)
     assert median == 1000.0 and mean > 1500.0
+
+
+def test_the_clock_is_read_while_something_runs(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho \"$@\" > $(dirname $0)/asked\necho '[N/A], 700.0'\n"
+                    "for i in 1 2 3; do echo \"198$i, 60$i.5\"; done\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(clock, "uuid", lambda device: "GPU-1")
+    start = time.perf_counter()
+    with clock.Clock(torch.device("cuda", 0)) as read:
+        while len(read.readings) < 3 and time.perf_counter() < start + 20:
+            time.sleep(0.01)
+    assert read.process.poll() is not None  # it does not outlive its use
+    assert read.between(start, time.perf_counter()) == {"clock_MHz": 1982.0, "power_W": 602.5}
+    assert read.between(start - 2, start - 1) == {"clock_MHz": None, "power_W": None}
+    assert f"--loop-ms={clock.EVERY} -i GPU-1" in (tmp_path / "asked").read_text()
+
+
+def test_without_a_gpu_there_is_no_clock():
+    with clock.Clock(torch.device("cpu")) as read:
+        pass
+    assert read.process is None and read.between(0.0, 1e9) == {"clock_MHz": None, "power_W": None}
 
 
 def test_a_kernel_is_held_against_the_nearer_limit():
@@ -216,8 +241,9 @@ def test_only_steps_in_which_all_decode_are_timed(batch, context, monkeypatch):
     llm.engine.runner.launch = launch
     monkeypatch.setattr(decode.time, "perf_counter", lambda: float(next(ticks)))
     count = ramp(batch, context, budget) + 9
-    milliseconds, mean, had = decode.time_per_token(llm, batch, context, count)
+    milliseconds, mean, had, began, ended = decode.time_per_token(llm, batch, context, count)
     assert milliseconds == mean == 1000.0  # a tick a step: no other step lies between
+    assert 9 <= ended - began <= count
     assert sum(alone) >= 9
     assert count / 2 - 1 <= had <= count
     assert "step" not in vars(llm.engine)  # nothing is left behind

@@ -6,6 +6,8 @@
     tok_s        tokens a second, of all sequences, by mean_ms
     step_ms      a replay of the engine's own captured step (forward, sample, advance), by events on the device
     bytes        what a step must read: every weight once, and each sequence's history, halfway through those steps
+    clock_MHz    of the multiprocessors, and power_W: medians while those steps ran, where nvidia-smi says; step_clock_MHz and
+                 step_power_W: while the replays did
     GBps         bytes by tpot_ms
     share        GBps of the bandwidth that a plain reduction reads in the same run; step_share: by step_ms
 """
@@ -15,17 +17,19 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from typing import NamedTuple
 
 from ..codegen.traffic import Step
+from .clock import Clock
 from .engine import SPARE, compiled_for, fill_caches, kernel_traffic, make_llm, pick, prompts
 from .limits import machine, microseconds, read_bandwidth, replay_microseconds
 from .shapes import config_of
 from .table import say
 
 COLUMNS = {"model": ("model", ""), "batch": ("batch", "d"), "context": ("context", "d"), "tpot_ms": ("tpot ms", ".4f"),
-           "mean_ms": ("mean ms", ".4f"), "step_ms": ("step ms", ".4f"), "tok_s": ("tok/s", ".1f"), "bytes": ("bytes", ",d"),
-           "GBps": ("GB/s", ".0f"), "read_GBps": ("read GB/s", ".0f"), "share": ("share", ".1%"),
-           "step_share": ("step share", ".1%")}
+           "mean_ms": ("mean ms", ".4f"), "step_ms": ("step ms", ".4f"), "tok_s": ("tok/s", ".1f"),
+           "clock_MHz": ("MHz", ".0f"), "power_W": ("W", ".0f"), "bytes": ("bytes", ",d"), "GBps": ("GB/s", ".0f"),
+           "read_GBps": ("read GB/s", ".0f"), "share": ("share", ".1%"), "step_share": ("step share", ".1%")}
 
 
 def decode_bytes(compiled, batch: int, context: int) -> int:
@@ -56,16 +60,33 @@ def bench_decode(models: list[str], batches: list[int], contexts: list[int], *, 
             for batch in batches:
                 count = ramp(batch, context, budget) + steps
                 generate(llm, batch, context, count)  # captures the graphs of this batch
-                tpot, mean, had = min(time_per_token(llm, batch, context, count) for _ in range(repeats))
-                halfway = context + round(had)
-                step = step_milliseconds(llm, batch, halfway)
+                with Clock(chosen) as clock:
+                    timed = min(time_per_token(llm, batch, context, count) for _ in range(repeats))
+                    halfway = context + round(timed.had)
+                    began = time.perf_counter()
+                    step = step_milliseconds(llm, batch, halfway)
+                    ended = time.perf_counter()
                 moved = decode_bytes(compiled, batch, halfway)
-                cases.append(case(name, batch, context, tpot, mean, step, moved, read))
+                cases.append(case(name, batch, context, timed.tpot_ms, timed.mean_ms, step, moved, read)
+                             | clock.between(timed.began, timed.ended)
+                             | {f"step_{key}": value for key, value in clock.between(began, ended).items()})
                 share = cases[-1]["share"]
-                say(f"{name}, batch {batch}, context {context}: {tpot:.3f} ms a token, {step:.3f} ms a step, {share:.1%}")
+                took = f"{timed.tpot_ms:.3f} ms a token, {step:.3f} ms a step"
+                say(f"{name}, batch {batch}, context {context}: {took}, {share:.1%}")
         del llm
         release(chosen)
     return {"command": "decode", **machine(chosen), "steps": steps, "read_GBps": round(read, 1), "cases": cases}
+
+
+class Timed(NamedTuple):
+    """Milliseconds from step to step by the wall, the median and the mean; tokens that a sequence had halfway, on average; when
+    the steps began and ended, by time.perf_counter."""
+
+    tpot_ms: float
+    mean_ms: float
+    had: float
+    began: float
+    ended: float
 
 
 def case(name, batch, context, tpot_ms, mean_ms, step_ms, moved, read_gbps) -> dict:
@@ -94,9 +115,8 @@ def ramp(batch: int, context: int, budget: int) -> int:
     return -(-batch * context // max(1, budget - batch)) + 1
 
 
-def time_per_token(llm, batch: int, context: int, count: int) -> tuple[float, float, float]:
-    """(median, mean, tokens): milliseconds from step to step, by the wall, while all of `batch` sequences decode; and how many
-    tokens a sequence had halfway, on average."""
+def time_per_token(llm, batch: int, context: int, count: int) -> Timed:
+    """Of the steps in which all of `batch` sequences decode."""
     seen, step = [], llm.engine.step
 
     def watched():
@@ -115,7 +135,7 @@ def time_per_token(llm, batch: int, context: int, count: int) -> tuple[float, fl
     clocks = [clock for clock, _ in seen[first : last + 1]]
     took = [(after - before) * 1e3 for before, after in itertools.pairwise(clocks)]
     given = [sum(tokens for _, tokens in seen[: number + 1]) for number in (first, last)]
-    return statistics.median(took), statistics.mean(took), sum(given) / 2 / batch
+    return Timed(statistics.median(took), statistics.mean(took), sum(given) / 2 / batch, clocks[0], clocks[-1])
 
 
 def step_milliseconds(llm, batch: int, context: int) -> float:
