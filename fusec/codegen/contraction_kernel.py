@@ -204,6 +204,7 @@ class ContractionWriter(Writer):
         if self.masked_k:
             text = f"tl.where(k_mask, {text}, {identity})"
         label = self.names.fresh(value.op)
+        self.names.fresh(f"{label}_part")  # the template's name for a split's part of it
         self.given[value] = label
         if self.shape.gluon:
             return self.reduction_in_gluon(value, label, in_gluon(text))

@@ -118,7 +118,7 @@ class StreamProgram:
         """Whether the threads that multiply have registers for their accumulators and what else there is, once the others have
         theirs."""
         left = self.registers * self.warps - self.lent
-        return self.tile.accumulators(self.leaves) + 56 <= left // self.tile.num_warps
+        return self.tile.accumulators(self.leaves) + 56 <= min(255, left // self.tile.num_warps)
 
     @property
     def constants(self) -> dict[str, int]:

@@ -9,7 +9,8 @@ from program_checks import EXAMPLES
 
 from fusec.compiler import compile
 
-NAMES = ("out", "lambda", "product", "stats", "a", "step", "kernels", "torch", "m", "kernel", "share_memory", "kernel_stream")
+NAMES = ("out", "lambda", "product", "stats", "a", "step", "kernels", "torch", "m", "kernel", "share_memory", "kernel_stream",
+         "range")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -51,6 +51,15 @@ def test_a_value_a_token_is_loaded_once_a_token():
     assert found.turn == "stored"  # a slot is an address: the epilogue reads nothing that it computes with
 
 
+def test_an_index_that_is_computed_with_lies_as_the_addresses_do():
+    """Also by the names of its parts; and a weight's name may end like the cache's slots."""
+    store = f"tl.store(out_ptr + {ADDRESS}, «y0 * {{}}», mask=t_mask)"
+    assert lines_of(store.format("n")).turn == "products"
+    assert lines_of("i_k = n % 8", store.format("i_k")).turn == "products"
+    assert lines_of("w = tl.load(mlp_slots_ptr + n).to(tl.float32)", store.format("w")).loaded == ["w"]
+    assert lines_of("i_k = n % 8", f"tl.store(out_ptr + {ADDRESS} + i_k, «y0», mask=t_mask)").turn == "stored"
+
+
 def test_loads_of_several_segments_stay_where_they_are():
     found = lines_of("if n_0 < 16:", "    c = tl.load(c_ptr + t * 8 + n, mask=t_mask, other=0)",
                      f"    tl.store(out_ptr + {ADDRESS}, «y0 * c», mask=t_mask)", segments=2)
