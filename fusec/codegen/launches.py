@@ -109,7 +109,9 @@ class Launches:
             return [], [f"torch.addmm({residual}[:{rows}], {x}[:{rows}], {matrix}, out=out[:{rows}])"]
         lines = [f"product = m.product({rows}, {parts.leaves * parts.n})", f"torch.mm({x}[:{rows}], {matrix}, out=product)"]
         if stats:
-            lines += [f"stats = m.stats({rows}, {len(parts.beside)})", *call_stats(stats, rows)]
+            lines += [f"stats = m.stats({rows}, {len(parts.beside)})"]
+            tiles = {"BLOCK_M": 4, "BLOCK_K": stats.facts["block_k"]}
+            lines += call(stats, f"(triton.cdiv({rows}, 4),)", rows, tiles, 4)
         block_n = min(256, schedule.padded(parts.n))
         tail = contraction(kernel, "kernel_epilogue", "epilogue", comment, self.dtype, block_n, 1, parts)
         grid = f"(triton.cdiv({rows}, 8) * triton.cdiv({parts.n}, {block_n}),)"
@@ -247,10 +249,6 @@ def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: 
     if registers:
         return [*lines, f"    {sizes},", f"    PDL=PDL, num_warps={warps}, maxnreg={registers}, launch_pdl=PDL)"]
     return [*lines, f"    {sizes}, PDL=PDL, num_warps={warps}, launch_pdl=PDL)"]
-
-
-def call_stats(stats: Source, rows: str) -> list[str]:
-    return call(stats, f"(triton.cdiv({rows}, 4),)", rows, {"BLOCK_M": 4, "BLOCK_K": stats.facts["block_k"]}, 4)
 
 
 LOCAL = ("product", "stats")  # scratch that a launch function takes from the model itself

@@ -42,9 +42,7 @@ def stream_epilogue(lines: list[str], *, late: set[str], segments: int, halves: 
     tiles do not divide it."""
     lines = [in_gluon(line) for line in lines]
     # A value that is read, or an index that is computed with, lies as the addresses do; a slot is an address itself.
-    stores = " ".join(re.findall("«(.*)»", "\n".join(lines)))
-    computed = [line for line in lines if "gl.store(" not in line and not re.search(r"gl\.load\(slots_ptr\b", line)]
-    reads = any("gl.load(" in line for line in computed) or feeds(lines, stores)
+    reads = feeds(lines) or any("gl.load(" in line and "gl.load(slots_ptr " not in line for line in lines)
     turn = "products" if reads else "stored" if halves else None
     stored = r"gl.convert_layout((\3).to(\2.dtype.element_ty), Z)" if turn == "stored" else r"\3"
     lines = [in_a_line(re.sub(r"(gl\.store\((\w+).*)«(.*)»", rf"\1{stored}", line)) for line in lines]
@@ -66,13 +64,13 @@ def stream_epilogue(lines: list[str], *, late: set[str], segments: int, halves: 
     return StreamEpilogue(turn, tidy([*places, *early], *loaded), loaded, lines)
 
 
-def feeds(lines: list[str], stores: str) -> bool:
+def feeds(lines: list[str]) -> bool:
     """Whether the place of a value in its tile goes into what is stored."""
     reached = {"n", "t", "t_line"}
     for line in lines:
         if " = " in line and reached & words([line.partition(" = ")[2]]) and "gl.load(" not in line:
             reached.add(assigned(line).strip())
-    return bool(reached & words([stores]))
+    return bool(reached & words(re.findall("«(.*)»", "\n".join(lines))))
 
 
 def indices(layout: str, bound: int | None) -> list[str]:

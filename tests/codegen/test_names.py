@@ -7,6 +7,8 @@ import re
 import pytest
 from program_checks import EXAMPLES
 
+from fusec.codegen.contraction_kernel import FORMS
+from fusec.codegen.writer import RESERVED, environment
 from fusec.compiler import compile
 
 NAMES = ("out", "lambda", "product", "stats", "a", "step", "kernels", "torch", "m", "kernel", "share_memory", "kernel_stream",
@@ -42,3 +44,14 @@ def test_every_name_of_a_kernel_is_known(name):
         own = {a.arg for a in function.args.args} | {n.id for n in uses if isinstance(n.ctx, ast.Store)}
         unknown = {n.id for n in uses} - own - known
         assert not unknown, f"{function.name} reads {', '.join(sorted(unknown))}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_template_assigns_or_calls_is_kept_from_users(form):
+    """A field of a program is a name in the kernel: none may hide what the template says around it."""
+    text = environment().loader.get_source(environment(), f"{form}.py.jinja")[0]
+    for pattern, by in ((r"\{#.*?#\}", ""), (r"\{%.*?%\}", ""), (r"\{\{.*?\}\}", "0"), (r"#[^\n]*", "")):
+        text = re.sub(pattern, by, text, flags=re.DOTALL)
+    names = {n for found in re.findall(r"(?m)^\s*([a-z]\w*(?:, [a-z]\w*)*) \+?= ", text) for n in found.split(", ")}
+    names |= set(re.findall(r"\bfor (\w+) in", text)) | set(re.findall(r"(?<![\w.])([a-z]\w*)\(", text))
+    assert len(names) > 5 and not names - set(RESERVED)

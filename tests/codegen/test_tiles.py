@@ -35,7 +35,7 @@ else:
     def test_candidates_give_every_program_work(rows, k, leaves):
         for tokens in candidates.TOKENS["skinny"]:
             tiles = candidates.tiles_for("skinny", rows, k, leaves, 2, tokens)
-            assert 0 < len(tiles) <= candidates.MOST_STREAMS + 12
+            assert 0 < len(tiles) <= candidates.MOST + 12
             for t in tiles:
                 if candidates.form_of(t) == "skinny":
                     share = -(-k // (t.block_k * t.splits)) * t.block_k
@@ -94,7 +94,7 @@ else:
             registers, threads = program.registers, 32 * program.warps
             assert registers % 8 == 0
             assert registers * threads <= schedule.REGISTERS
-            least = registers <= tokens // 2 + 39  # an instruction wants no less
+            least = registers <= tokens // 2 + 39  # one product wants no less, and would not compile: fewer programs have room
             assert registers * threads * max(1, min(4, programs)) <= schedule.REGISTERS or least
 
     def test_a_row_of_the_table_is_what_decode_launch_answers(monkeypatch):

@@ -997,50 +997,49 @@ def gate_up_proj_stream_copies(gate_up_proj_tiles, x_tiles, w_ring, x_ring, read
 @gluon.jit
 def gate_up_proj_stream_products(rsqrt_ptr, t_0, T, w_ring, x_ring, ready, done, steps, Y: gl.constexpr,
                                  Z: gl.constexpr, PDL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-                                 BLOCK_K: gl.constexpr, STACKED: gl.constexpr, STAGES: gl.constexpr):
+                                 BLOCK_K: gl.constexpr, HIGH: gl.constexpr, STAGES: gl.constexpr):
     # The other warps: what the epilogue reads is loaded first; then the products of all steps.
     if PDL:
         gdc_wait()
     t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
     rsqrt = gl.load(rsqrt_ptr + t_line, mask=t_line < T, other=0)[None, :]
+    GROUPS: gl.constexpr = HIGH >= 64  # four warps multiply together, out of shared memory; else each by itself
+    LEAVES: gl.constexpr = 2
+    STACKED: gl.constexpr = HIGH > BLOCK_N
     if STACKED:
-        pairs = reinterpret(w_ring, w_ring.dtype, [STAGES, 2 * BLOCK_N, BLOCK_K], w_ring.layout)
-        y0 = warpgroup_mma_init(gl.zeros([2 * BLOCK_N, BLOCK_M], gl.float32, Y))
-        for step in range(steps):
-            place = step % STAGES
-            mbarrier.wait(ready.index(place), step // STAGES & 1)
-            y0 = warpgroup_mma(pairs.index(place), x_ring.index(place).permute((1, 0)), y0, is_async=True)
+        pairs = reinterpret(w_ring, w_ring.dtype, [STAGES, HIGH, BLOCK_K], w_ring.layout)
+    y0 = gl.zeros([HIGH, BLOCK_M], gl.float32, Y)
+    if not STACKED:
+        y1 = gl.zeros([HIGH, BLOCK_M], gl.float32, Y)
+    if GROUPS:
+        y0 = warpgroup_mma_init(y0)
+        if not STACKED:
+            y1 = warpgroup_mma_init(y1)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        x_tile = x_ring.index(place).permute((1, 0))
+        if STACKED:
+            y0 = warpgroup_mma(pairs.index(place), x_tile, y0, is_async=True)
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)  # as below
-        y0 = warpgroup_mma_wait(0, deps=(y0,))
-        y1 = y0
-    else:
-        GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
-        LEAVES: gl.constexpr = 2
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        if GROUPS:
+        elif GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile, y0, is_async=True)
+            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile, y1, is_async=True)
+            y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
-        for step in range(steps):
-            place = step % STAGES
-            mbarrier.wait(ready.index(place), step // STAGES & 1)
-            x_tile = x_ring.index(place).permute((1, 0))
-            if GROUPS:
-                y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile, y0, is_async=True)
-                y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile, y1, is_async=True)
-                y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
-                y0 = warpgroup_mma_init(y0)
-                y1 = warpgroup_mma_init(y1)
-            else:
-                x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
-                y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-                y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
-            # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        if GROUPS:
-            y0 = warpgroup_mma_wait(0, deps=(y0,))
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
+    if GROUPS:
+        y0 = warpgroup_mma_wait(0, deps=(y0,))
+        if not STACKED:
             y1 = warpgroup_mma_wait(0, deps=(y1,))
+    if STACKED:
+        y1 = y0  # they are taken apart when they are turned
     return y0, y1, rsqrt
 
 
@@ -1083,7 +1082,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial
     fence_async_shared()
     y0, y1, rsqrt = gl.warp_specialize([
         (gate_up_proj_stream_products, (rsqrt_ptr, t_0, T, w_ring, x_ring, ready, done, steps, Y, Z, PDL, BLOCK_M,
-        BLOCK_N, BLOCK_K, STACKED, STAGES)),
+        BLOCK_N, BLOCK_K, HIGH, STAGES)),
         (gate_up_proj_stream_copies, (
             gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),

@@ -151,47 +151,45 @@ def q_k_v_proj_stream_copies(q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, d
 
 @gluon.jit
 def q_k_v_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr, BLOCK_M: gl.constexpr,
-                               BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STACKED: gl.constexpr,
-                               STAGES: gl.constexpr):
+                               BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, HIGH: gl.constexpr, STAGES: gl.constexpr):
     # The other warps: the products of all steps.
+    GROUPS: gl.constexpr = HIGH >= 64  # four warps multiply together, out of shared memory; else each by itself
+    LEAVES: gl.constexpr = 2
+    STACKED: gl.constexpr = HIGH > BLOCK_N
     if STACKED:
-        pairs = reinterpret(w_ring, w_ring.dtype, [STAGES, 2 * BLOCK_N, BLOCK_K], w_ring.layout)
-        y0 = warpgroup_mma_init(gl.zeros([2 * BLOCK_N, BLOCK_M], gl.float32, Y))
-        for step in range(steps):
-            place = step % STAGES
-            mbarrier.wait(ready.index(place), step // STAGES & 1)
-            y0 = warpgroup_mma(pairs.index(place), x_ring.index(place).permute((1, 0)), y0, is_async=True)
+        pairs = reinterpret(w_ring, w_ring.dtype, [STAGES, HIGH, BLOCK_K], w_ring.layout)
+    y0 = gl.zeros([HIGH, BLOCK_M], gl.float32, Y)
+    if not STACKED:
+        y1 = gl.zeros([HIGH, BLOCK_M], gl.float32, Y)
+    if GROUPS:
+        y0 = warpgroup_mma_init(y0)
+        if not STACKED:
+            y1 = warpgroup_mma_init(y1)
+    for step in range(steps):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        x_tile = x_ring.index(place).permute((1, 0))
+        if STACKED:
+            y0 = warpgroup_mma(pairs.index(place), x_tile, y0, is_async=True)
             y0 = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(y0,)))
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)  # as below
-        y0 = warpgroup_mma_wait(0, deps=(y0,))
-        y1 = y0
-    else:
-        GROUPS: gl.constexpr = BLOCK_N >= 64  # four warps multiply together, out of shared memory; else each by itself
-        LEAVES: gl.constexpr = 2
-        y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        y1 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
-        if GROUPS:
+        elif GROUPS:
+            y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile, y0, is_async=True)
+            y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile, y1, is_async=True)
+            y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
             y0 = warpgroup_mma_init(y0)
             y1 = warpgroup_mma_init(y1)
-        for step in range(steps):
-            place = step % STAGES
-            mbarrier.wait(ready.index(place), step // STAGES & 1)
-            x_tile = x_ring.index(place).permute((1, 0))
-            if GROUPS:
-                y0 = warpgroup_mma(w_ring.index(place * LEAVES), x_tile, y0, is_async=True)
-                y1 = warpgroup_mma(w_ring.index(place * LEAVES + 1), x_tile, y1, is_async=True)
-                y0, y1 = warpgroup_mma_wait(LEAVES, deps=(y0, y1))
-                y0 = warpgroup_mma_init(y0)
-                y1 = warpgroup_mma_init(y1)
-            else:
-                x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
-                y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
-                y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
-            # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
-            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
-        if GROUPS:
-            y0 = warpgroup_mma_wait(0, deps=(y0,))
+        else:
+            x_part = x_tile.load(gl.DotOperandLayout(1, Y, 2))
+            y0 = mma_v2(w_ring.index(place * LEAVES).load(gl.DotOperandLayout(0, Y, 2)), x_part, y0)
+            y1 = mma_v2(w_ring.index(place * LEAVES + 1).load(gl.DotOperandLayout(0, Y, 2)), x_part, y1)
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
+    if GROUPS:
+        y0 = warpgroup_mma_wait(0, deps=(y0,))
+        if not STACKED:
             y1 = warpgroup_mma_wait(0, deps=(y1,))
+    if STACKED:
+        y1 = y0  # they are taken apart when they are turned
     return y0, y1
 
 
@@ -256,8 +254,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, q_proj_bias_ptr, cos_ptr, q_pro
     fence_async_shared()
     row_sums = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     y0, y1 = gl.warp_specialize([
-        (q_k_v_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, BLOCK_K, STACKED,
-        STAGES)),
+        (q_k_v_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, BLOCK_K, HIGH, STAGES)),
         (q_k_v_proj_stream_copies, (
             q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
