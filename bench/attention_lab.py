@@ -52,7 +52,7 @@ def render(template, name="attention", score=(), mask=(CAUSAL,), first=None, cau
 
 def kernel(template, **context):
     """The compiled-on-launch kernel of `render`."""
-    source = (TEMPLATES / "fetch.py.jinja").read_text() + "\n\n" + render(template, **context)
+    source = render(template, **context)
     path = f"<{template} {hash(source) & 0xffffffff:x}>"
     linecache.cache[path] = (len(source), None, source.splitlines(True), path)
     scope = {"triton": triton, "tl": tl, "__name__": "attention_lab"}

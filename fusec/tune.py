@@ -260,7 +260,7 @@ class Tuner:
             self.batches[tokens] = Batch(
                 ids=make(tokens), positions=lengths - 1, slots=make(tokens).long() * PAGES * PAGE + CONTEXT,
                 query_starts=make(tokens + 1), context_lens=lengths, block_tables=make(tokens * PAGES).view(tokens, PAGES),
-                rows=make(tokens), max_query=1, max_context=BUCKET,
+                rows=make(tokens), max_query=1, max_context=BUCKET, every=True,
             )  # fmt: skip
         return self.batches[tokens]
 
@@ -287,7 +287,7 @@ class Tuner:
             at, bound = list(source.roles).index(pointer), None if pointer == source.facts["described"][0] else tokens
             x = arguments[at][:bound]
             if bound and source.facts["picked"]:
-                x = self.program.picked(arguments[at], values[source.facts["picked"]])
+                x = self.program.picked(arguments[at], self.batch(tokens))
             arguments[at] = in_tiles(x, source.facts["k"], *block)
         arguments += [tokens] if option.form != "gemv" else []
         kernel = getattr(load_kernels(option.path), option.name)

@@ -25,6 +25,7 @@ class Batch:
     rows           int32 [R]     packed tokens whose logits are wanted
     max_query      int           longest query in the batch, known to the host; 1 means pure decode
     max_context    int           upper bound of context_lens, known to the host
+    every          bool          whether `rows` are all T tokens in their order, known to the host
     """
 
     ids: torch.Tensor
@@ -36,3 +37,4 @@ class Batch:
     rows: torch.Tensor
     max_query: int
     max_context: int
+    every: bool = False

@@ -38,6 +38,7 @@ class StepBuffers:
             ids=self.ids[:count], positions=self.positions[:count], slots=self.slots[:count],
             query_starts=self.query_starts[: count + 1], context_lens=self.context_lens[:count],
             block_tables=self.tables[:count], rows=self.rows[:count], max_query=1, max_context=max_context,
+            every=True,
         )
 
     def advance(self, tokens: torch.Tensor) -> None:

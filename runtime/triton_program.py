@@ -84,9 +84,12 @@ class TritonProgram:
         whole = self._take("stats", max(tokens, self.max_tokens) * max(count, 4), torch.float32)
         return whole[: tokens * count]
 
-    def picked(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Those rows of x one after another, for the bulk copy engine, until the next call.  x: [T, K].  rows: int32 [N]."""
+    def picked(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The wanted tokens of x one after another, for the bulk copy engine, until the next call.  x: [at least T, K]."""
+        rows = batch.rows
         count, columns = len(rows), x.shape[1]
+        if batch.every:
+            return x[:count]
         whole = self._take("picked", max(count * columns, self.most_picked), x.dtype)  # one buffer, as `product`
         return torch.index_select(x, 0, rows, out=whole[: count * columns].view(count, columns))
 

@@ -147,4 +147,4 @@ def decode_batch(program, step: Step):
 
     return Batch(ids=ints(torch.randint(program.vocab_size, (count,), generator=draw)), positions=ints([last] * count),
                  slots=ints(slots, torch.int64), query_starts=ints(range(count + 1)), context_lens=ints([step.context] * count),
-                 block_tables=ints(tables), rows=ints(range(count)), max_query=1, max_context=step.context)
+                 block_tables=ints(tables), rows=ints(range(count)), max_query=1, max_context=step.context, every=True)

@@ -83,7 +83,7 @@ def with_tile(constants: dict, tile: dict, batch: int, max_context: int, itemsiz
     """The launch of the decode kernel with a tile: block_n, chunk, num_warps, num_stages, and parts if there is one sequence."""
     G, block_n = constants["G"], tile["block_n"]
     shared = 2 * block_n * max(constants["BLOCK_K"], constants["BLOCK_J"]) * itemsize * (tile["num_stages"] - 1)
-    programs = multiprocessors * max(1, min(SHARED // shared, 16 // tile["num_warps"]))  # by shared memory, by registers
+    programs = multiprocessors * max(1, min(SHARED // shared, 8 // tile["num_warps"]))  # by shared memory, by registers
     parts = tile["parts"]
     if batch > 1:  # more than the device will ever share out: see the template
         most = batch * -(-max_context // block_n) // max(1, tile["chunk"] // block_n)
@@ -104,9 +104,9 @@ def decode_rule(batch: int, max_context: int, *, G: int, R: int, width: int, mul
     warps win: several programs a multiprocessor hide each other's latency.
     """
     pairs = batch * G
-    if batch == 1:  # long contexts: four programs a multiprocessor, as one keeps too few loads in flight
+    if batch == 1:  # long contexts: two programs a multiprocessor, as one keeps too few loads in flight
         several = 1 << (multiprocessors // pairs or 1).bit_length() - 1  # programs a pair that fill the GPU
-        block_n, num_warps, num_stages, parts = 16384 // width, 4, 2, several * (4 if max_context > 1024 else 1)
+        block_n, num_warps, num_stages, parts = 16384 // width, 4, 2, several * (2 if max_context > 1024 else 1)
     else:
         block_n, num_warps, num_stages, parts = 32, 2, 4, 0
     wide = (max(1, width // 256) if batch > 1 else 1) * max(1, padded(R) // 16)

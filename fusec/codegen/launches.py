@@ -75,8 +75,10 @@ class Launches:
             sources += tail
             lines += ["else:", *indent(text)]
         params = merge(*(s.roles for s in sources))
-        model = [("m", ("model",))] if vendor or streams and parts.stored[1] else []
-        return sources, lines, [*model, (rows, ("tokens", rows)), *params]
+        picks = streams and parts.stored[1]
+        model = [("m", ("model",))] if vendor or picks else []
+        batch = [("b", ("batch",))] if picks else []
+        return sources, lines, [*model, *batch, (rows, ("tokens", rows)), *params]
 
     def launch(self, source: Source, parts: Contraction, rows: str, t) -> list[str]:
         """One launch of a contraction kernel with tiles `t`."""
@@ -240,7 +242,7 @@ def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: 
             block = constants["BLOCK_N"] if pointer == described[0] else constants["BLOCK_M"]
             if pointer != described[0]:
                 picked = source.facts["picked"]
-                name = f"m.picked({name}, {picked})" if picked else f"{name}[:{tokens}]"
+                name = f"m.picked({name}, b)" if picked else f"{name}[:{tokens}]"
             name = f"tiles({name}, {source.facts['k']}, {block}, {constants['BLOCK_K']})"
         pointers.append(name)
     arguments = ", ".join([*pointers, *([tokens] if tokens else [])])

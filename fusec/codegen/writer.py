@@ -19,7 +19,7 @@ WIDTH = 120  # columns of generated source
 
 # Names that the templates use themselves.
 RESERVED = (
-    "fetch",
+    "threads_meet",
     "sigmoid",
     "async_load",
     "fence_async_shared",

@@ -71,7 +71,7 @@ def test_the_head_streams_the_rows_it_wants():
     module = kernels(EXAMPLES / "llama.fuse", LLAMA | {"vocab_size": 1024, "tie_word_embeddings": False})
     head = next(f for f in module.functions if any("m.picked" in line for line in f.launch))
     launch = "\n".join(head.launch)
-    assert "tiles(m.picked(x, rows), 1024, 16," in launch and head.params[0] == "m"
+    assert "tiles(m.picked(x, b), 1024, 16," in launch and head.params[:2] == ["m", "b"]
     stream = next(s for s in head.sources if s.form == "stream")
     assert stream.facts["picked"] == "rows" and "rows_ptr" not in stream.roles
     most = TritonProgram.most_picked.func(SimpleNamespace(module=module))
@@ -82,6 +82,13 @@ def test_picked_rows_lie_one_after_another():
     x, rows = torch.randn(9, 12), torch.tensor([3, 8, 3], dtype=torch.int32)
     program = SimpleNamespace(_growing={}, device="cpu", most_picked=16 * 12)
     program._take = lambda *size: TritonProgram._take(program, *size)
-    picked = TritonProgram.picked(program, x, rows)
+    picked = TritonProgram.picked(program, x, SimpleNamespace(rows=rows, every=False))
     assert torch.equal(picked, x[rows.long()]) and picked.is_contiguous()
-    assert TritonProgram.picked(program, x, rows[:1]).data_ptr() == picked.data_ptr()  # a captured graph keeps the address
+    one = TritonProgram.picked(program, x, SimpleNamespace(rows=rows[:1], every=False))
+    assert one.data_ptr() == picked.data_ptr()  # a captured graph keeps the address
+
+
+def test_nothing_is_picked_where_every_token_is_wanted():
+    x = torch.randn(9, 12)
+    every = TritonProgram.picked(None, x, SimpleNamespace(rows=torch.arange(4, dtype=torch.int32), every=True))
+    assert every.data_ptr() == x.data_ptr() and torch.equal(every, x[:4])

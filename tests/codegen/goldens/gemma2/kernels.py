@@ -17,14 +17,6 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 
-@triton.jit
-def fetch(addresses, wanted):
-    # Asks for the 128 bytes at each wanted address to be brought to L2, and waits for nothing.
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l,r", [addresses.to(tl.uint64), wanted.to(tl.int32)], tl.int32, is_pure=False, pack=1)
-
-
 @gluon.jit
 def sigmoid(x):
     return 1 / (1 + gl.exp(-x))
@@ -461,38 +453,51 @@ def attention_decode(
     dj = tl.arange(0, BLOCK_J)
     table = block_tables + tl.cast(b, tl.int64) * table_stride
     page = tl.load(table + (begin + n) // PAGE, mask=begin + n < end, other=0)
-    if PDL:
-        line = page.to(tl.int64) * (PAGE * G) + (begin + n) % PAGE * G + g
-        WIDE: tl.constexpr = 1024 // k_cache.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
-        fetch(k_cache + line[:, None] * K + tl.arange(0, max(1, BLOCK_K // WIDE))[None, :] * WIDE,
-                (begin + n < end)[:, None])
-        fetch(v_cache + line[:, None] * J + tl.arange(0, max(1, BLOCK_J // WIDE))[None, :] * WIDE,
-                (begin + n < end)[:, None])
-        tl.extra.cuda.gdc_wait()  # also where there is no work: the next kernel counts on this one's predecessors
     if split >= used:
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # the next kernel counts on this one's predecessors
         return
 
+    history = tl.minimum(end, q_pos)  # the newest token's key and value are made in this step
+    newest = tl.load(table + q_pos // PAGE).to(tl.int64) * (PAGE * G) + q_pos % PAGE * G + g
     q_rows = q + tl.cast(b, tl.int64) * q_stride + (g * R + r[:, None]) * K + dk[None, :]
-    q_tile = tl.load(q_rows, mask=(r < R)[:, None] & (dk < K)[None, :], other=0.0).to(k_cache.dtype.element_ty)
+    q_tile = tl.zeros([BLOCK_R, BLOCK_K], k_cache.dtype.element_ty)
     top = tl.full([BLOCK_R], NEVER, tl.float32)  # running maximum of the scores, in units of log2
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_J], tl.float32)
     for start in tl.range(begin, end, BLOCK_N):
-        k_pos = start + n
+        position = start + n
         # A tile starts at a multiple of BLOCK_N: where it holds whole pages, its rows' places in them never change.
-        place = ((n if PAGE <= BLOCK_N else k_pos) % PAGE * G + g)[:, None]
-        live = (k_pos < end)[:, None]
+        place = ((n if PAGE <= BLOCK_N else position) % PAGE * G + g)[:, None]
+        live = (position < history)[:, None]
         k_rows = k_cache + (place * K + dk[None, :]) + page.to(tl.int64)[:, None] * (PAGE * G * K)
         v_rows = v_cache + (place * J + dj[None, :]) + page.to(tl.int64)[:, None] * (PAGE * G * J)
         k_tile = tl.load(k_rows, mask=live & (dk < K)[None, :], other=0.0)
         v_tile = tl.load(v_rows, mask=live & (dj < J)[None, :], other=0.0)
         # The next tile's pages, so that its addresses are known when its turn comes.
-        page = tl.load(table + (k_pos + BLOCK_N) // PAGE, mask=k_pos + BLOCK_N < end, other=0)
+        page = tl.load(table + (position + BLOCK_N) // PAGE, mask=position + BLOCK_N < end, other=0)
+        if start == begin:  # the first tiles are on their way
+            if PDL:
+                tl.extra.cuda.gdc_wait()
+            q_tile = tl.load(q_rows, mask=(r < R)[:, None] & (dk < K)[None, :], other=0.0).to(k_cache.dtype.element_ty)
+            if end == context:  # the softmax of the part that ends with the newest token begins with it
+                k_new = tl.load(k_cache + newest * K + dk, mask=dk < K, other=0.0)
+                v_new = tl.load(v_cache + newest * J + dj, mask=dj < J, other=0.0)
+                s = tl.sum(q_tile.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)[:, None]
+                k_pos = tl.full([1, 1], 0, tl.int32) + q_pos
+                s = 50.0 * (2 * tl.sigmoid(2 * ((s * 0.0625) / 50.0)) - 1)
+                keep = (k_pos <= q_pos) & (k_pos > (q_pos - 4096))
+
+                keep = tl.broadcast_to(keep, [BLOCK_R, 1])
+                top = tl.max(tl.where(keep, s * FACTOR, NEVER), 1)
+                total = tl.max(keep.to(tl.float32), 1)
+                acc = acc + tl.where(keep, v_new.to(tl.float32)[None, :], 0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        k_pos = k_pos[None, :]
+        k_pos = position[None, :]
         s = 50.0 * (2 * tl.sigmoid(2 * ((s * 0.0625) / 50.0)) - 1)
         keep = (k_pos <= q_pos) & (k_pos > (q_pos - 4096))
-        s = tl.where(keep & (k_pos < end), s, -float("inf"))
+
+        s = tl.where(keep & (k_pos < history), s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, 1) * FACTOR)
         p = tl.exp2(s * FACTOR - higher[:, None])
         fade = tl.exp2(top - higher)
@@ -2015,38 +2020,51 @@ def attention_2_decode(
     dj = tl.arange(0, BLOCK_J)
     table = block_tables + tl.cast(b, tl.int64) * table_stride
     page = tl.load(table + (begin + n) // PAGE, mask=begin + n < end, other=0)
-    if PDL:
-        line = page.to(tl.int64) * (PAGE * G) + (begin + n) % PAGE * G + g
-        WIDE: tl.constexpr = 1024 // k_cache.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
-        fetch(k_cache + line[:, None] * K + tl.arange(0, max(1, BLOCK_K // WIDE))[None, :] * WIDE,
-                (begin + n < end)[:, None])
-        fetch(v_cache + line[:, None] * J + tl.arange(0, max(1, BLOCK_J // WIDE))[None, :] * WIDE,
-                (begin + n < end)[:, None])
-        tl.extra.cuda.gdc_wait()  # also where there is no work: the next kernel counts on this one's predecessors
     if split >= used:
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # the next kernel counts on this one's predecessors
         return
 
+    history = tl.minimum(end, q_pos)  # the newest token's key and value are made in this step
+    newest = tl.load(table + q_pos // PAGE).to(tl.int64) * (PAGE * G) + q_pos % PAGE * G + g
     q_rows = q + tl.cast(b, tl.int64) * q_stride + (g * R + r[:, None]) * K + dk[None, :]
-    q_tile = tl.load(q_rows, mask=(r < R)[:, None] & (dk < K)[None, :], other=0.0).to(k_cache.dtype.element_ty)
+    q_tile = tl.zeros([BLOCK_R, BLOCK_K], k_cache.dtype.element_ty)
     top = tl.full([BLOCK_R], NEVER, tl.float32)  # running maximum of the scores, in units of log2
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_J], tl.float32)
     for start in tl.range(begin, end, BLOCK_N):
-        k_pos = start + n
+        position = start + n
         # A tile starts at a multiple of BLOCK_N: where it holds whole pages, its rows' places in them never change.
-        place = ((n if PAGE <= BLOCK_N else k_pos) % PAGE * G + g)[:, None]
-        live = (k_pos < end)[:, None]
+        place = ((n if PAGE <= BLOCK_N else position) % PAGE * G + g)[:, None]
+        live = (position < history)[:, None]
         k_rows = k_cache + (place * K + dk[None, :]) + page.to(tl.int64)[:, None] * (PAGE * G * K)
         v_rows = v_cache + (place * J + dj[None, :]) + page.to(tl.int64)[:, None] * (PAGE * G * J)
         k_tile = tl.load(k_rows, mask=live & (dk < K)[None, :], other=0.0)
         v_tile = tl.load(v_rows, mask=live & (dj < J)[None, :], other=0.0)
         # The next tile's pages, so that its addresses are known when its turn comes.
-        page = tl.load(table + (k_pos + BLOCK_N) // PAGE, mask=k_pos + BLOCK_N < end, other=0)
+        page = tl.load(table + (position + BLOCK_N) // PAGE, mask=position + BLOCK_N < end, other=0)
+        if start == begin:  # the first tiles are on their way
+            if PDL:
+                tl.extra.cuda.gdc_wait()
+            q_tile = tl.load(q_rows, mask=(r < R)[:, None] & (dk < K)[None, :], other=0.0).to(k_cache.dtype.element_ty)
+            if end == context:  # the softmax of the part that ends with the newest token begins with it
+                k_new = tl.load(k_cache + newest * K + dk, mask=dk < K, other=0.0)
+                v_new = tl.load(v_cache + newest * J + dj, mask=dj < J, other=0.0)
+                s = tl.sum(q_tile.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)[:, None]
+                k_pos = tl.full([1, 1], 0, tl.int32) + q_pos
+                s = 50.0 * (2 * tl.sigmoid(2 * ((s * 0.0625) / 50.0)) - 1)
+                keep = k_pos <= q_pos
+
+                keep = tl.broadcast_to(keep, [BLOCK_R, 1])
+                top = tl.max(tl.where(keep, s * FACTOR, NEVER), 1)
+                total = tl.max(keep.to(tl.float32), 1)
+                acc = acc + tl.where(keep, v_new.to(tl.float32)[None, :], 0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        k_pos = k_pos[None, :]
+        k_pos = position[None, :]
         s = 50.0 * (2 * tl.sigmoid(2 * ((s * 0.0625) / 50.0)) - 1)
         keep = k_pos <= q_pos
-        s = tl.where(keep & (k_pos < end), s, -float("inf"))
+
+        s = tl.where(keep & (k_pos < history), s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, 1) * FACTOR)
         p = tl.exp2(s * FACTOR - higher[:, None])
         fade = tl.exp2(top - higher)

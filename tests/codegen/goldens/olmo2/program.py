@@ -245,24 +245,24 @@ def rows_2(T, x, x_2, post_feedforward_layernorm, out):
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
 
 
-def lm_head(m, N, lm_head, rows, x, out, partial, arrivals):
+def lm_head(m, b, N, lm_head, rows, x, out, partial, arrivals):
     if N == 1:
         kernels.lm_head_gemv[(triton.cdiv(100352, 4),)](
             lm_head, rows, x, out,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(100352, 64), 1)](
-            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, rows), 4096, 16, 128), out, partial, arrivals, N,
+            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 16, 128), out, partial, arrivals, N,
             BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40,
             PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 17 <= N <= 32:
         kernels.lm_head_stream[(triton.cdiv(N, 32) * triton.cdiv(100352, 64), 1)](
-            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, rows), 4096, 32, 128), out, partial, arrivals, N,
+            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 32, 128), out, partial, arrivals, N,
             BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=48,
             PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 33 <= N <= 64:
         kernels.lm_head_stream[(triton.cdiv(N, 64) * triton.cdiv(100352, 64), 1)](
-            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, rows), 4096, 64, 128), out, partial, arrivals, N,
+            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 64, 128), out, partial, arrivals, N,
             BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=56,
             PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif N <= 16:
@@ -311,5 +311,5 @@ def step(m, b):
     gate_up_proj(m, T, w["model.layers.1.mlp.gate_up_proj"], m.x, m.x_7, m.partial, m.arrivals)
     down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_7, m.x_8, m.partial, m.arrivals)
     rows_2(T, m.x_8, m.x, w["model.layers.1.post_feedforward_layernorm"], m.x_6)
-    lm_head(m, N, w["lm_head"], b.rows, m.x_6, logits, m.partial, m.arrivals)
+    lm_head(m, b, N, w["lm_head"], b.rows, m.x_6, logits, m.partial, m.arrivals)
     return logits

@@ -225,24 +225,24 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
         torch.addmm(x_2[:T], x[:T], down_proj.view(3584, 18944).t(), out=out[:T])
 
 
-def lm_head(m, N, lm_head, rows, x, out, partial, arrivals):
+def lm_head(m, b, N, lm_head, rows, x, out, partial, arrivals):
     if N == 1:
         kernels.lm_head_gemv[(triton.cdiv(152064, 16),)](
             lm_head, rows, x, out,
             BLOCK_N=16, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(152064, 64), 1)](
-            tiles(lm_head, 3584, 64, 128), tiles(m.picked(x, rows), 3584, 16, 128), out, partial, arrivals, N,
+            tiles(lm_head, 3584, 64, 128), tiles(m.picked(x, b), 3584, 16, 128), out, partial, arrivals, N,
             BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40,
             PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 17 <= N <= 32:
         kernels.lm_head_stream[(triton.cdiv(N, 32) * triton.cdiv(152064, 64), 1)](
-            tiles(lm_head, 3584, 64, 128), tiles(m.picked(x, rows), 3584, 32, 128), out, partial, arrivals, N,
+            tiles(lm_head, 3584, 64, 128), tiles(m.picked(x, b), 3584, 32, 128), out, partial, arrivals, N,
             BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=48,
             PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 33 <= N <= 64:
         kernels.lm_head_stream[(triton.cdiv(N, 64) * triton.cdiv(152064, 64), 1)](
-            tiles(lm_head, 3584, 64, 128), tiles(m.picked(x, rows), 3584, 64, 128), out, partial, arrivals, N,
+            tiles(lm_head, 3584, 64, 128), tiles(m.picked(x, b), 3584, 64, 128), out, partial, arrivals, N,
             BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=56,
             PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif N <= 16:
@@ -285,5 +285,5 @@ def step(m, b):
     o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.attended, m.x, m.x_4, m.partial, m.arrivals)
     gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_4, m.x_5, m.partial, m.arrivals)
     down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_5, m.x_4, m.x, m.partial, m.arrivals)
-    lm_head(m, N, w["lm_head"], b.rows, m.x, logits, m.partial, m.arrivals)
+    lm_head(m, b, N, w["lm_head"], b.rows, m.x, logits, m.partial, m.arrivals)
     return logits
