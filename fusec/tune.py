@@ -153,9 +153,11 @@ class Tuner:
             choice = {name: rows[0][1] for name, rows in found.items()}
             if choice and form != "matmul":
                 few = {name: [option for _, option in rows[: FEW[form]]] for name, rows in found.items()}
+                used = {f.name: self.used(f, form, tokens) for f in self.contractions}
+                used = {name: next((o for _, o in rows if o.tiles == used[name]), rows[0][1]) for name, rows in found.items()}
                 now = time.monotonic()
                 deadline = now + (start + budget - now) / left
-                choice, launch, ms = self.together(few, attention[form, tokens], self.measured(tokens), deadline)
+                choice, launch, ms = self.together(few, attention[form, tokens], self.measured(tokens), deadline, used)
                 bandwidth = decode_bytes(self.program.compiled, self.measured(tokens), CONTEXT + 1) / ms / 1e6
                 tell("the whole step", form, tokens, ms * 1e3, f"{bandwidth / self.read:.1%} of {self.read:.0f} GB/s")
                 if launch:
@@ -186,7 +188,8 @@ class Tuner:
         parts, found, files = Contraction(function.kernel.attrs["body"]), [], {}
         shape = (parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
         streams = parts.streams and self.program.program.HOPPER
-        for tiles in tiles_for(form, *shape, tokens, streams, len(parts.beside)):
+        several, used = tiles_for(form, *shape, tokens, streams, len(parts.beside)), self.used(function, form, tokens)
+        for tiles in several if used is None or used in several else [*several[:1], used, *several[1:]]:
             kind = (form_of(tiles), bool(parts.k % tiles.block_k), bool(parts.n % tiles.block_n))
             if kind not in files:
                 name = f"{function.name}_{kind[0]}"
@@ -196,6 +199,12 @@ class Tuner:
                 files[kind] = (str(path), name, source)
             found.append(Candidate(kind[0], tiles, *files[kind]))
         return found
+
+    def used(self, function, form: str, tokens: int):
+        """The tile with which the program launches a kernel for one or a few tokens, by its table or the rule."""
+        forms = ("stream", "skinny") if form == "skinny" and self.program.program.HOPPER else (form,)
+        tiles = [t for s in function.sources if s.form in forms and form != "matmul" for t in s.facts["tiles"]]
+        return next((t for t in tiles if form == "gemv" or t.tokens == tokens), None)
 
     def make_room(self, options: list[Candidate]) -> None:
         """Scratch for the partial results of any candidate."""
@@ -329,15 +338,19 @@ class Tuner:
 
     # ---- the whole step ----------------------------------------------------------------------------------------------------
 
-    def together(self, few: dict[str, list[Candidate]], attention, tokens: int, deadline: float):
+    def together(self, few: dict[str, list[Candidate]], attention, tokens: int, deadline: float, used=None):
         """(candidate of each kernel, launch of attention, ms of the step): each kernel's few take turns, twice at most.
 
-        The first launch in `attention` is the rule's own. Without any, attention is left as it is, and None returned.
+        The first launch in `attention` is the one in use. Without any, attention is left as it is, and None returned.
+        used: the candidates in use. The search begins with them or with the fastest alone, whichever step is the shorter, so that
+        tuning for a short time leaves nothing slower than it was.
         """
         launches = [launch for launch, future in attention if future.result() is None]
         choice = {name: options[0] for name, options in few.items()} | {ATTENTION: launches[0] if launches else None}
         options = few | {ATTENTION: launches}
         best = self.step(choice, tokens)
+        if used and (ms := self.step(choice | used, tokens)) < best:
+            choice, best = choice | used, ms
         for _ in range(2):
             before = best
             for name, option in [(name, option) for name, several in options.items() for option in several]:

@@ -62,6 +62,14 @@ def test_without_time_the_fastest_alone_stay():
     assert len(search.tried) == 1
 
 
+def test_a_search_without_time_leaves_nothing_slower_than_it_was():
+    search = tuner(lambda choice: 1.0 - 0.5 * (choice["qkv"] == "b"))
+    used = {"qkv": "b", "o": "z"}
+    assert search.together(FEW, LAUNCHES, 1, time.monotonic() - 1, used) == (used, "rule", 0.5)
+    slow = {"qkv": "c", "o": "z"}
+    assert search.together(FEW, LAUNCHES, 1, time.monotonic() - 1, slow) == ({"qkv": "a", "o": "x"}, "rule", 1.0)
+
+
 def test_a_table_keeps_what_was_not_measured(tmp_path):
     path = tmp_path / "gpu.json"
     row = {"block_n": 64}

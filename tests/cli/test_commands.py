@@ -226,7 +226,8 @@ def test_ctrl_c(tmp_path):
 
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "fusec", "fmt", "--stdin"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        [sys.executable, "-m", "fusec", "fmt", "--stdin"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it, and so their own
     )
     time.sleep(2)  # it waits for standard input by then
     process.send_signal(signal.SIGINT)

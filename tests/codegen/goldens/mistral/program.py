@@ -29,16 +29,16 @@ def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, part
             BLOCK_N=1, BLOCK_K=4096, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3072, 32), 1)](
-            tiles(q_k_v_proj, 4096, 32, 128), tiles(x[:T], 4096, 16, 128), cos, sin, out, k_cache, slots, v_cache,
+            tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 16, 64), cos, sin, out, k_cache, slots, v_cache,
             partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, STAGES=11, SPLITS=1, REDUCERS=4, REDUCING=40,
+            BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, STAGES=20, SPLITS=1, REDUCERS=4, REDUCING=40,
             PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3072, 32), 1)](
-            tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 32, 64), cos, sin, out, k_cache, slots, v_cache,
+            tiles(q_k_v_proj, 4096, 32, 128), tiles(x[:T], 4096, 32, 128), cos, sin, out, k_cache, slots, v_cache,
             partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=32, BLOCK_K=64, STAGES=12, SPLITS=1, REDUCERS=4, REDUCING=40,
-            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=32, BLOCK_K=128, STAGES=9, SPLITS=1, REDUCERS=4, REDUCING=48,
+            PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3072, 32), 1)](
             tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 64, 64), cos, sin, out, k_cache, slots, v_cache,
@@ -166,9 +166,9 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
             PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(14336, 64), 1)](
-            tiles(gate_up_proj, 4096, 64, 128), tiles(x[:T], 4096, 64, 128), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=2, SPLITS=1, REDUCERS=4, REDUCING=56,
-            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+            tiles(gate_up_proj, 4096, 64, 64), tiles(x[:T], 4096, 64, 64), out, partial, arrivals, T,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=9, SPLITS=1, REDUCERS=4, REDUCING=48,
+            PDL=PDL, num_warps=4, maxnreg=96, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(14336, 128), 1)](
             tiles(gate_up_proj, 4096, 128, 64), tiles(x[:T], 4096, 128, 64), out, partial, arrivals, T,
