@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from fusec.codegen.attention_schedule import decode_launch, decode_scratch, prefill_launch, with_tile  # noqa: E402
+from fusec.codegen.module import preamble  # noqa: E402
 from fusec.runtime.carveout import share_memory  # noqa: E402
 
 TEMPLATES = ROOT / "templates"
@@ -41,18 +42,19 @@ def softcap(cap):
 
 
 def render(template, name="attention", score=(), mask=(CAUSAL,), first=None, causal=True, dense=None, extra=(),
-           comment=("attention",)):
+           comment=("attention",), heads=None):
     """The text of one kernel."""
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True,
                              undefined=jinja2.StrictUndefined)
     k = types.SimpleNamespace(name=name, comment=list(comment), score=list(score), mask=list(mask), first=first, causal=causal,
-                              extra=list(extra), **({} if dense is None else {"dense": dense}))
+                              extra=list(extra), heads=heads, **({} if dense is None else {"dense": dense}))
     return env.get_template(f"attention_{template}.py.jinja").render(k=k)
 
 
 def kernel(template, **context):
     """The compiled-on-launch kernel of `render`."""
-    source = render(template, **context)
+    text = render(template, **context)
+    source = preamble(text) + "\n\n" + text
     path = f"<{template} {hash(source) & 0xffffffff:x}>"
     linecache.cache[path] = (len(source), None, source.splitlines(True), path)
     scope = {"triton": triton, "tl": tl, "__name__": "attention_lab"}
@@ -66,6 +68,7 @@ def compile_for(fn, launch, dtype="bf16"):
     int32, pointers = {"block_tables", "context_lens", "query_starts", "arrivals"}, {"q", "k_cache", "v_cache", "out"}
     kind = {**{n: "*i32" for n in int32}, **{n: f"*{dtype}" for n in pointers}, "partial": "*fp32", "lse": "*fp32"}
     names = fn.arg_names
+    kind |= {n: f"*{dtype}" for n in names if n.endswith("_ptr")}  # what the heads are made of
     signature = {n: "constexpr" if n in constants else kind.get(n, "i32") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants}
     code = triton.compile(ASTSource(fn, signature, {(names.index(n),): v for n, v in constants.items()}, aligned),

@@ -258,7 +258,7 @@ def preamble(text: str) -> str:
     if "@gluon.jit" in text:
         head += "\n" + environment().get_template("gluon_names.py.jinja").render()
     code = "\n".join(line for line in text.split("\n") if not line.lstrip().startswith("#"))
-    for helper in ("threads_meet", "sigmoid"):
+    for helper in ("gdc_wait_in_loop", "threads_meet", "sigmoid"):
         if re.search(rf"(?<![\w.]){helper}\(", code):
             head += "\n\n" + environment().get_template(f"{helper}.py.jinja").render()
     return head

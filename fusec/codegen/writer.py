@@ -19,6 +19,7 @@ WIDTH = 120  # columns of generated source
 
 # Names that the templates use themselves.
 RESERVED = (
+    "gdc_wait_in_loop",
     "threads_meet",
     "sigmoid",
     "async_load",

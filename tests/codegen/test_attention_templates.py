@@ -1,6 +1,7 @@
 """The attention templates: numerics under the interpreter against float64, and what they compile to for sm_90."""
 
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,7 +87,26 @@ else:
         launch = decode_launch(batch, context, **SHAPES[shape], page=16, pdl=True)
         code, (registers, spilled, shared) = lab.compile_for(lab.kernel("decode", **lab.SCALE), launch)
         assert spilled == 0 and shared <= 227 * 1024
-        assert "griddepcontrol.wait" in code.asm["ptx"]
+        assert begins_early(code)
+
+    def begins_early(code):
+        """The copies of a program's first tiles stand before the loop, the wait for the kernel before this one inside it."""
+        before, _, loop = code.asm["ttgir"].partition("scf.for")
+        return "async_copy_global_to_local" in before and "griddepcontrol.wait" in loop
+
+    def test_heads_that_attention_makes_itself_do_not_hold_up_the_history():
+        text = """
+            @triton.jit
+            def attention_heads(of_q_ptr, q_ptr, b, g):
+                j = tl.arange(0, 512)
+                at = (b * 8 + g) * 512 + j
+                tl.store(q_ptr + at, tl.load(of_q_ptr + at).to(tl.float32) * 2)
+        """
+        heads = {"text": textwrap.dedent(text).strip(), "pointers": ["of_q_ptr", "q_ptr"], "kinds": ["bf16", "bf16"]}
+        launch = decode_launch(1, 1024, **SHAPES["llama"], page=16, pdl=True)
+        code, (_, spilled, _) = lab.compile_for(lab.kernel("decode", heads=heads, **lab.SCALE), launch)
+        assert spilled == 0
+        assert begins_early(code)
 
     @pytest.mark.parametrize("shape", SHAPES)
     def test_prefill_compiles_to_wgmma(shape):

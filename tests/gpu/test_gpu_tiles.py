@@ -25,7 +25,11 @@ TILES = {"gemv": schedule.Gemv, "skinny": schedule.Skinny, "stream": schedule.St
 
 
 def rows():
-    """(form, rows, k, leaves, itemsize, tiles) of every table, and of a few shapes and tiles beside."""
+    """(form, rows, k, leaves, itemsize, tiles) of every table, each once, and of a few shapes and tiles beside."""
+    return dict.fromkeys(every_row())
+
+
+def every_row():
     for path in sorted(TABLES.glob("*.json")):
         for key, entries in json.loads(path.read_text()).items():
             form, *shape = key.split()

@@ -17,6 +17,12 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 
+# As Triton's own, which from version 3.9 on keeps a loop from being pipelined.
+@triton.jit
+def gdc_wait_in_loop():
+    tl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit(do_not_specialize=["T"])
 def embed_tokens_positions(ids_ptr, embed_tokens_ptr, out0_ptr, pos_ptr, table_ptr, out1_ptr, out2_ptr, T,
                            BLOCK_M: tl.constexpr, PDL: tl.constexpr):
@@ -663,7 +669,7 @@ def attention_decode(
         page = tl.load(table + (position + BLOCK_N) // PAGE, mask=position + BLOCK_N < end, other=0)
         if start == begin:  # the first tiles are on their way
             if PDL:
-                tl.extra.cuda.gdc_wait()
+                gdc_wait_in_loop()
             q_tile = tl.load(q_rows, mask=(r < R)[:, None] & (dk < K)[None, :], other=0.0).to(k_cache.dtype.element_ty)
             if end == context:  # the softmax of the part that ends with the newest token begins with it
                 k_new = tl.load(k_cache + newest * K + dk, mask=dk < K, other=0.0)

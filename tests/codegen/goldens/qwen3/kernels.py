@@ -17,6 +17,12 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 
+# As Triton's own, which from version 3.9 on keeps a loop from being pipelined.
+@triton.jit
+def gdc_wait_in_loop():
+    tl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], tl.int32, is_pure=False, pack=1)
+
+
 # Not Triton's own barrier, which would keep a loop from being pipelined. The interpreter has one thread.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -640,7 +646,7 @@ def attention_decode(
         page = tl.load(table + (position + BLOCK_N) // PAGE, mask=position + BLOCK_N < end, other=0)
         if start == begin:  # the first tiles are on their way
             if PDL:
-                tl.extra.cuda.gdc_wait()
+                gdc_wait_in_loop()
             attention_decode_heads(x_ptr, q_norm_ptr, cos_ptr, q_norm_2_ptr, sin_ptr, out_ptr, x_2_ptr, k_norm_ptr,
                     k_norm_2_ptr, k_cache_ptr, slots_ptr, b, g)
             threads_meet()  # every thread's stores come before its neighbours' loads
