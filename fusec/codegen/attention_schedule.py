@@ -12,6 +12,8 @@ The kernels are rendered from `templates/attention_decode.py.jinja` and `templat
     k.extra    names of further pointer parameters that score and mask lines read
     k.dense    optional: whether a query keeps exactly the positions from `first` (or 0) up to its own; lets the prefill kernel
                skip the mask of whole blocks. Without it, only the plain causal mask `keep = k_pos <= q_pos` counts as dense
+    k.heads    None, or what makes the query's rows and the newest key of a token and kv head in the decode kernel: the text of a
+               function `NAME_heads(pointers…, b, g)` and its pointers (see launches.heads); the kernel reads back what it stores
 
 One query token of a sequence is a row; the R query heads that share a KV head are packed into the rows of one tile.
 """
