@@ -70,7 +70,9 @@ def test_variants_are_distinct_and_the_recorder_is_gone(program, variants):
 
 def test_dependent_launch_follows_the_target(compiled, program):
     for target, expected in (("sm_90", True), ("sm_80", False)):
-        assert {v.options["launch_pdl"] for v in aot.record(compiled, program, target)} == {expected}
+        first, *others = aot.record(compiled, program, target)
+        assert {v.options["launch_pdl"] for v in others} == {expected}
+        assert not first.options["launch_pdl"]  # a step begins when the one before is over
 
 
 def test_signatures_are_those_of_the_compiler_that_runs_later(compiled, program):

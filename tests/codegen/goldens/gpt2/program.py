@@ -17,9 +17,10 @@ HOPPER = True  # the GPU has the bulk copies and warpgroup products of the strea
 
 
 def wte_wpe(T, ids, wte, pos, wpe, out):
+    # A step begins when the one before is over: decode attention reads history before it waits.
     kernels.wte_wpe[(triton.cdiv(T, 1),)](
         ids, wte, pos, wpe, out, T,
-        BLOCK_M=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+        BLOCK_M=1, PDL=PDL, num_warps=4, launch_pdl=False)
 
 
 def c_attn(T, c_attn, x, ln_1, ln_1_bias, c_attn_bias, out, c_attn_bias_2, k_cache, slots, c_attn_bias_3, v_cache,

@@ -17,9 +17,10 @@ HOPPER = True  # the GPU has the bulk copies and warpgroup products of the strea
 
 
 def embed_tokens_positions(T, ids, embed_tokens, out0, pos, table, out1, out2):
+    # A step begins when the one before is over: decode attention reads history before it waits.
     kernels.embed_tokens_positions[(triton.cdiv(T, 1),)](
         ids, embed_tokens, out0, pos, table, out1, out2, T,
-        BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+        BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=False)
 
 
 def qkv_proj(m, T, qkv_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
