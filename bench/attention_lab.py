@@ -198,6 +198,8 @@ KINDS = {  # name: (template context, score and keep of the reference)
     "softcap": (dict(score=["s = s * 0.5", softcap(5.0)]), lambda s, q, k: 5 * torch.tanh(s / 10), causal),
     "alibi": (dict(score=["s = s * 0.125 + 0.01 * (k_pos - q_pos)"]), lambda s, q, k: s * 0.125 + 0.01 * (k - q), causal),
     "full": (dict(score=["s = s * 0.125"], mask=["keep = k_pos >= 0"], causal=False), scaled, lambda q, k: (k >= 0) & (q >= 0)),
+    "not itself": (dict(score=["s = s * 0.125"], mask=["keep = (k_pos < q_pos) | (k_pos == 0)"]), scaled,
+                   lambda q, k: (k < q) | (k == 0)),
 }
 
 

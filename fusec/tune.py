@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -189,7 +189,8 @@ class Tuner:
         shape = (parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
         streams = parts.streams and self.program.program.HOPPER
         several, used = tiles_for(form, *shape, tokens, streams, len(parts.beside)), self.used(function, form, tokens)
-        for tiles in several if used is None or used in several else [*several[:1], used, *several[1:]]:
+        others = [tiles for tiles in several[1:] if tiles != used]
+        for tiles in several if used is None or used in several[:1] else [*several[:1], used, *others]:
             kind = (form_of(tiles), bool(parts.k % tiles.block_k), bool(parts.n % tiles.block_n))
             if kind not in files:
                 name = f"{function.name}_{kind[0]}"
@@ -204,7 +205,11 @@ class Tuner:
         """The tile with which the program launches a kernel for one or a few tokens, by its table or the rule."""
         forms = ("stream", "skinny") if form == "skinny" and self.program.program.HOPPER else (form,)
         tiles = [t for s in function.sources if s.form in forms and form != "matmul" for t in s.facts["tiles"]]
-        return next((t for t in tiles if form == "gemv" or t.tokens == tokens), None)
+        found = next((t for t in tiles if form == "gemv" or t.tokens == tokens), None)
+        if found is None and form == "skinny":  # the next form has them
+            larger = [t for s in function.sources if s.form == "matmul" for t in s.facts["tiles"]]
+            found = next((replace(t, tokens=2 * tokens) for t in larger if t.tokens is None or t.tokens >= tokens), None)
+        return found
 
     def make_room(self, options: list[Candidate]) -> None:
         """Scratch for the partial results of any candidate."""
