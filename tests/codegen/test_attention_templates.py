@@ -103,7 +103,7 @@ else:
                 at = (b * 8 + g) * 512 + j
                 tl.store(q_ptr + at, tl.load(of_q_ptr + at).to(tl.float32) * 2)
         """
-        heads = {"text": textwrap.dedent(text).strip(), "pointers": ["of_q_ptr", "q_ptr"], "kinds": ["bf16", "bf16"]}
+        heads = {"text": textwrap.dedent(text).strip(), "pointers": ["of_q_ptr", "q_ptr"]}
         launch = decode_launch(1, 1024, **SHAPES["llama"], page=16, pdl=True)
         code, (_, spilled, _) = lab.compile_for(lab.kernel("decode", heads=heads, **lab.SCALE), launch)
         assert spilled == 0

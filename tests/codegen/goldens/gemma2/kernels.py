@@ -493,7 +493,6 @@ def attention_decode(
                 k_pos = tl.full([1, 1], 0, tl.int32) + q_pos
                 s = 50.0 * (2 * tl.sigmoid(2 * ((s * 0.0625) / 50.0)) - 1)
                 keep = (k_pos <= q_pos) & (k_pos > (q_pos - 4096))
-
                 keep = tl.broadcast_to(keep, [BLOCK_R, 1])
                 top = tl.max(tl.where(keep, s * FACTOR, NEVER), 1)
                 total = tl.max(keep.to(tl.float32), 1)
@@ -502,7 +501,6 @@ def attention_decode(
         k_pos = position[None, :]
         s = 50.0 * (2 * tl.sigmoid(2 * ((s * 0.0625) / 50.0)) - 1)
         keep = (k_pos <= q_pos) & (k_pos > (q_pos - 4096))
-
         s = tl.where(keep & (k_pos < history), s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, 1) * FACTOR)
         p = tl.exp2(s * FACTOR - higher[:, None])
@@ -2060,7 +2058,6 @@ def attention_2_decode(
                 k_pos = tl.full([1, 1], 0, tl.int32) + q_pos
                 s = 50.0 * (2 * tl.sigmoid(2 * ((s * 0.0625) / 50.0)) - 1)
                 keep = k_pos <= q_pos
-
                 keep = tl.broadcast_to(keep, [BLOCK_R, 1])
                 top = tl.max(tl.where(keep, s * FACTOR, NEVER), 1)
                 total = tl.max(keep.to(tl.float32), 1)
@@ -2069,7 +2066,6 @@ def attention_2_decode(
         k_pos = position[None, :]
         s = 50.0 * (2 * tl.sigmoid(2 * ((s * 0.0625) / 50.0)) - 1)
         keep = k_pos <= q_pos
-
         s = tl.where(keep & (k_pos < history), s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, 1) * FACTOR)
         p = tl.exp2(s * FACTOR - higher[:, None])

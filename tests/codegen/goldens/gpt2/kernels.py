@@ -344,7 +344,6 @@ def attention_decode(
                 s = tl.sum(q_tile.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)[:, None]
                 k_pos = tl.full([1, 1], 0, tl.int32) + q_pos
                 keep = k_pos <= q_pos
-
                 keep = tl.broadcast_to(keep, [BLOCK_R, 1])
                 top = tl.max(tl.where(keep, s * FACTOR, NEVER), 1)
                 total = tl.max(keep.to(tl.float32), 1)
@@ -352,7 +351,6 @@ def attention_decode(
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         k_pos = position[None, :]
         keep = k_pos <= q_pos
-
         s = tl.where(keep & (k_pos < history), s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, 1) * FACTOR)
         p = tl.exp2(s * FACTOR - higher[:, None])
