@@ -141,10 +141,9 @@ class Runner:
         buffers = self.buffers
         batch = buffers.batch(count, max_context)
         logits = self.program.forward(batch)
-        result = sample(logits, self.sampling.select(slice(count), variant.adjusted), batch.context_lens, variant)
-        if variant.adjusted:
+        result = sample(logits, self.sampling.select(slice(count), variant.adjusted), batch.context_lens, variant, buffers)
+        if variant.adjusted:  # moving on has left it as it was whether a row is anybody's
             self.sampling.count(buffers.rows[:count].long(), result.tokens, batch.context_lens > 0)
-        buffers.advance(result.tokens)
         return result
 
     def _mixed(self, plan):

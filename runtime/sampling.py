@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fusec.errors import UsageError
+from fusec.runtime.step_buffers import StepBuffers
 
 GREEDY_BELOW = 1e-5  # a smaller temperature is greedy
 MAX_LOGPROBS = 20
@@ -178,10 +179,12 @@ class SampleResult(NamedTuple):
     top_logprobs: torch.Tensor | None = None
 
 
-def sample(logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor, variant: Variant) -> SampleResult:
+def sample(logits: torch.Tensor, params: SamplingTensors, positions: torch.Tensor, variant: Variant,
+           buffers: StepBuffers | None = None) -> SampleResult:  # fmt: skip
     """The next token of every row.
 
     logits: float32 [R, V], left as they are.  positions: int32 [R], the place in its sequence that each new token takes.
+    buffers: their first R rows take the tokens and move on.
     """
     scores = _adjusted(logits, params, positions) if variant.adjusted else logits
     thresholds = _thresholds(scores / _heat(params), params) if variant.mode == 2 else None
@@ -189,11 +192,11 @@ def sample(logits: torch.Tensor, params: SamplingTensors, positions: torch.Tenso
         from fusec.runtime.draw import draw
     else:
         draw = _draw
-    tokens = draw(scores, params, positions, draws=variant.mode > 0, thresholds=thresholds)
+    tokens = draw(scores, params, positions, draws=variant.mode > 0, thresholds=thresholds, buffers=buffers)
     return _with_logprobs(logits, tokens) if variant.logprobs else SampleResult(tokens)
 
 
-def _draw(scores, params, positions, *, draws, thresholds):
+def _draw(scores, params, positions, *, draws, thresholds, buffers):
     """See draw.draw, which is this for the GPU."""
     if draws:
         heated = scores / _heat(params)
@@ -202,7 +205,10 @@ def _draw(scores, params, positions, *, draws, thresholds):
         heated = heated + gumbel(params.seed_low, params.seed_high, positions, scores.shape[1])
         scores = torch.where(params.temperature[:, None] >= GREEDY_BELOW, heated, scores)
     best, tokens = scores.max(dim=-1)
-    return torch.where(best.isnan(), -1, tokens).int()
+    tokens = torch.where(best.isnan(), -1, tokens).int()
+    if buffers is not None:
+        buffers.advance(tokens)
+    return tokens
 
 
 def _heat(params):

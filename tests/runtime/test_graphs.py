@@ -1,4 +1,4 @@
-"""The engine on a GPU: CUDA graphs, run-ahead and the fused advance change nothing."""
+"""The engine on a GPU: CUDA graphs, run-ahead and the fused end of a step change nothing."""
 
 import pytest
 import torch
@@ -49,7 +49,11 @@ def test_a_step_of_an_unchanged_batch_copies_nothing_to_the_device():
     assert not any("HtoD" in key for key in copies), copies
 
 
-def test_advance_is_the_same_in_torch_and_in_triton():
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_a_step_ends_the_same_in_torch_and_in_triton(adjusted):
+    """The sampled tokens make the next step's input: of rows that are padding, of the last position of a table, of NaN."""
+    params = SamplingParams(temperature=0, min_tokens=1) if adjusted else SamplingParams(temperature=0)
+
     def filled(device):
         generator = torch.Generator().manual_seed(0)
         buffers = StepBuffers(20, 6, 4, torch.device(device))
@@ -58,16 +62,28 @@ def test_advance_is_the_same_in_torch_and_in_triton():
         buffers.tables.copy_(torch.randint(0, 99, (20, 6), generator=generator))
         buffers.begin(torch.arange(20, device=device), torch.arange(20, dtype=torch.int32, device=device), lengths.to(device))
         buffers.clear(3)
-        return buffers
+        state = SamplingState(20, 5000, torch.device(device))
+        for row in range(20):
+            state.seat(row, Sequence([1], params, 9, seed=row), lambda array: torch.from_numpy(array).to(device))
+        return buffers, state
 
-    cpu, gpu = filled("cpu"), filled("cuda")
-    for step in range(10):
-        count = (20, 1, 7)[step % 3]
-        tokens = torch.arange(count, dtype=torch.int32) * 3 + step - 1
-        cpu.advance(tokens)
-        gpu.advance(tokens.cuda())
+    pairs = [filled("cpu"), filled("cuda")]
+    generator = torch.Generator().manual_seed(1)
+    for step in range(12):
+        count = (20, 1, 7, 2)[step % 4]
+        logits = torch.randn(count, 5000, generator=generator)
+        logits[count // 2, 4999] = torch.nan if step % 3 == 0 else 9
+        results = []
+        for buffers, state in pairs:
+            given = logits.to(buffers.ids.device)
+            select = state.select(slice(count), adjusted)
+            results.append(sample(given, select, buffers.context_lens[:count], params.variant, buffers).tokens.cpu())
+        assert torch.equal(*results)
+        assert (results[0][count // 2] == -1) == (step % 3 == 0)
         for name in ("ids", "positions", "context_lens", "slots", "ring", "cursor"):
-            assert torch.equal(getattr(cpu, name), getattr(gpu, name).cpu()), name
+            cpu, gpu = (getattr(buffers, name).cpu() for buffers, _ in pairs)
+            assert torch.equal(cpu, gpu), name
+        assert not pairs[1][0].arrivals.any()
 
 
 @pytest.mark.parametrize("vocab_size", [7, 1024, 50001])
