@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import tempfile
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 
 from fusec.bench.decode import decode_bytes
-from fusec.bench.limits import microseconds, read_bandwidth
+from fusec.bench.limits import capture, microseconds, proven_saving, read_bandwidth, replay_microseconds, turns
 from fusec.codegen import schedule
 from fusec.codegen.attention_schedule import decode_launch, decode_row
 from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, form_of, tiles_for
@@ -37,7 +38,6 @@ from fusec.runtime.tiles import tiles as in_tiles
 FEW = {"gemv": 12, "skinny": 10}  # of a kernel's candidates that are tried in the whole step
 ALONE = 0.6  # of the budget for kernels alone; the rest is for whole steps
 LEAST = 0.2  # seconds that are left to each kernel still to be measured alone
-BETTER = 0.998  # of the step's time: what is no better than this is noise
 CONTEXT = 512  # tokens of history of a step that is measured
 PAGE = 16
 PAGES = CONTEXT // PAGE + 1
@@ -344,36 +344,39 @@ class Tuner:
     # ---- the whole step ----------------------------------------------------------------------------------------------------
 
     def together(self, few: dict[str, list[Candidate]], attention, tokens: int, deadline: float, used=None):
-        """(candidate of each kernel, launch of attention, ms of the step): each kernel's few take turns, twice at most.
+        """(candidate of each kernel, launch of attention, ms of the step): each kernel's few take turns, twice at most. One takes
+        another's place if the step is shorter with it, by whatever replays of both in turn can tell.
 
         The first launch in `attention` is the one in use. Without any, attention is left as it is, and None returned.
-        used: the candidates in use. The search begins with them or with the fastest alone, whichever step is the shorter, so that
-        tuning for a short time leaves nothing slower than it was.
+        used: the candidates in use. The search begins with them or with the fastest alone, so that tuning for a short time
+        leaves nothing slower than it was.
         """
         launches = [launch for launch, future in attention if future.result() is None]
         choice = {name: options[0] for name, options in few.items()} | {ATTENTION: launches[0] if launches else None}
         options = few | {ATTENTION: launches}
         best = self.step(choice, tokens)
-        if used and (ms := self.step(choice | used, tokens)) < best:
-            choice, best = choice | used, ms
-        for _ in range(2):
+        ranks = itertools.zip_longest(*([{name: option} for option in several] for name, several in options.items()))
+        trials = [trial for rank in ranks for trial in rank if trial]  # a short time is for the best of each
+        for each in ([used or {}], trials, trials):
             before = best
-            for name, option in [(name, option) for name, several in options.items() for option in several]:
-                if time.monotonic() > deadline or option is choice[name]:
+            for trial in each:
+                changed = {name: option for name, option in trial.items() if option is not choice[name]}
+                if not changed or time.monotonic() > deadline:
                     continue
                 try:
-                    ms = self.step(choice | {name: option}, tokens)
+                    other = self.step(choice | changed, tokens)
+                    better = proven_saving(turns(best, other)) > 0
                 except Exception as error:  # noqa: BLE001  out of resources: no candidate
-                    self.say(f"{name} {option}: {repr(error)[:100]}")
+                    self.say(f"{changed}: {repr(error)[:100]}")
                     continue
-                if ms < BETTER * best:
-                    choice, best = choice | {name: option}, ms
-            if best == before:
+                if better:
+                    choice, best = choice | changed, other
+            if each is trials and best is before:
                 break
-        return choice, choice.pop(ATTENTION), best
+        return choice, choice.pop(ATTENTION), replay_microseconds(best) / 1e3
 
-    def step(self, choice: dict, tokens: int) -> float:
-        """Milliseconds of a decode step: candidates stand in for the kernels of `choice`, a launch for attention's own."""
+    def step(self, choice: dict, tokens: int) -> torch.cuda.CUDAGraph:
+        """A decode step: candidates stand in for the kernels of `choice`, a launch for attention's own."""
         batch, space = self.batch(tokens), vars(self.program.program)
 
         def stand_in(function, option):
@@ -385,7 +388,7 @@ class Tuner:
         real = {name: space[name] for name in trial}
         space.update(trial)
         try:
-            return self.time(lambda: self.program.forward(batch)) / 1e3
+            return capture(lambda: self.program.forward(batch), self.program.device)
         finally:
             space.update(real)
 

@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_wait
 from fusec.runtime.capabilities import dependent_launch
 from fusec.runtime.step_buffers import RING, StepBuffers
 
-BLOCK = 1024
+FEW_ROWS = 4  # up to so many, small blocks fill the GPU sooner; from then on, fewer programs finish earlier
 
 
 @triton.jit
@@ -73,8 +73,9 @@ def _draw(logits, temperature, thresholds, seed_low, seed_high, lengths, best_va
     tl.store(arrivals + row, 0)
     each = tl.arange(0, BLOCKS)
     value = tl.load(best_values + row * blocks + each, each < blocks, -float("inf"), cache_modifier=".cg")
+    tokens = tl.load(best_tokens + row * blocks + each, each < blocks, 0, cache_modifier=".cg")
     _, at = tl.max(value, 0, return_indices=True)
-    chosen = tl.load(best_tokens + row * blocks + at, cache_modifier=".cg")
+    chosen = tl.sum(tl.where(each == at, tokens, 0), 0)
     tl.store(result + row, chosen)
     if ADVANCES:
         tl.store(ring + step * ring_width + row, chosen)
@@ -102,7 +103,8 @@ def draw(logits: torch.Tensor, params, positions: torch.Tensor, *, draws: bool, 
     from fusec.runtime.sampling import GREEDY_BELOW
 
     (rows, vocab_size), device = logits.shape, logits.device
-    blocks, pdl = triton.cdiv(vocab_size, BLOCK), dependent_launch(device)
+    block, pdl = 1024 if rows <= FEW_ROWS else 4096, dependent_launch(device)
+    blocks = triton.cdiv(vocab_size, block)
     values = torch.empty(rows, blocks, dtype=torch.float32, device=device)
     tokens = torch.empty(rows, blocks, dtype=torch.int32, device=device)
     result = torch.empty(rows, dtype=torch.int32, device=device)
@@ -116,6 +118,6 @@ def draw(logits: torch.Tensor, params, positions: torch.Tensor, *, draws: bool, 
         logits, params.temperature, thresholds, params.seed_low, params.seed_high, positions, values, tokens, arrivals, result,
         *state, vocab_size, logits.stride(0), params.temperature.stride(0), params.seed_low.stride(0), *sizes[:2],
         DRAWS=draws, FILTERS=thresholds is not None, GREEDY_BELOW=GREEDY_BELOW, ADVANCES=buffers is not None, SEVERAL=rows > 1,
-        BLOCK_SIZE=sizes[2], RING=RING, BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(blocks), PDL=pdl, launch_pdl=pdl,
+        BLOCK_SIZE=sizes[2], RING=RING, BLOCK=block, BLOCKS=triton.next_power_of_2(blocks), PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
     return result

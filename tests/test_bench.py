@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import time
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from fusec.bench.attention import lengths_of
 from fusec.bench.cli import bench
 from fusec.bench.decode import case, decode_bytes, ramp
 from fusec.bench.engine import compiled_for, make_llm, need_gpu, pick
-from fusec.bench.limits import microseconds
+from fusec.bench.limits import microseconds, proven_saving
 from fusec.bench.shapes import MODELS, config_of
 from fusec.codegen.traffic import Traffic
 from fusec.errors import DeviceError, UsageError, UserError
@@ -147,6 +148,23 @@ def test_lengths_fall_with_the_rank():
     assert lengths_of(3, 100, False) == [100, 100, 100]
     skewed = lengths_of(64, 1024, True)
     assert skewed[:3] == [1024, 512, 341] and skewed[-1] == 64
+
+
+def test_a_small_saving_is_told_from_noise():
+    def pairs(saving, seed):
+        noise = random.Random(seed)
+        while True:
+            drift = 1 + noise.random()  # a clock that falls and rises
+            now, other = (drift * (1 + noise.gauss(0, 0.001)) for _ in range(2))
+            taken.append(other)
+            yield now * (3 if noise.random() < 0.03 else 1), other * (1 - saving)
+
+    taken = []
+    assert all(proven_saving(pairs(0.003, seed)) > 0 for seed in range(20))
+    assert sum(proven_saving(pairs(0.0, seed)) > 0 for seed in range(100)) <= 3
+    assert all(proven_saving(pairs(-0.003, seed)) < 0 for seed in range(20))
+    taken.clear()
+    assert 0.05 < proven_saving(pairs(0.1, 1)) < 0.1 and len(taken) == 8  # plain to see
 
 
 # ---- kernels of a step ---------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
     """Rings of all of a multiprocessor's shared memory, or of a part, so that the next kernel finds room for its own; no second
     wave unless K is not split."""
     found = []
-    heights = (16, 32, 64) if tokens <= 32 else (16, 32, 64, 128, 256)
+    heights = (16, 32, 64, 128) if tokens <= 32 else (16, 32, 64, 128, 256)
     widths = (64, 128, 256) if tokens <= 32 else (64, 128)
     parts = (SHARED, SHARED * 2 // 3, SHARED // 2)
     for n, bk, warps, room in itertools.product(heights, widths, (4, 8), parts):
