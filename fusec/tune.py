@@ -43,7 +43,6 @@ PAGE = 16
 PAGES = CONTEXT // PAGE + 1
 BUCKET = 1024  # the bound on contexts that its graph is captured for
 ATTENTION = ""  # stands beside kernels' names for the launch of decode attention
-MEASURED = {16: 8}  # tokens a tile is for -> tokens it is measured with, where those differ
 
 
 @dataclass(frozen=True)
@@ -141,11 +140,11 @@ class Tuner:
         jobs = [(f, *each, self.render(f, *each)) for each in ranges for f in self.contractions]
         self.make_room([option for *_, options in jobs for option in options])
         warming = [[self.pool.submit(warm, self.job(f, option)) for option in options] for f, _, _, options in jobs]
-        attention = {each: self.warm_attention(self.measured(each[1])) for each in ranges if each[0] != "matmul"}
+        attention = {each: self.warm_attention(each[1]) for each in ranges if each[0] != "matmul"}
         ranked: dict[tuple, dict] = {each: {} for each in ranges}
         deadlines = [start + ALONE * budget - LEAST * later for later in reversed(range(len(jobs)))]
         for (f, form, tokens, options), futures, deadline in zip(jobs, warming, deadlines, strict=True):
-            if rows := self.alone(f, form, self.measured(tokens), options, futures, deadline):
+            if rows := self.alone(f, form, tokens, options, futures, deadline):
                 ranked[form, tokens][f.name] = rows
         table: dict[str, list[dict]] = {}
         for left, (form, tokens) in zip(range(len(ranges), 0, -1), ranges, strict=True):
@@ -157,16 +156,18 @@ class Tuner:
                 used = {name: next((o for _, o in rows if o.tiles == used[name]), rows[0][1]) for name, rows in found.items()}
                 now = time.monotonic()
                 deadline = now + (start + budget - now) / left
-                choice, launch, ms = self.together(few, attention[form, tokens], self.measured(tokens), deadline, used)
-                bandwidth = decode_bytes(self.program.compiled, self.measured(tokens), CONTEXT + 1) / ms / 1e6
+                choice, launch, ms = self.together(few, attention[form, tokens], tokens, deadline, used)
+                bandwidth = decode_bytes(self.program.compiled, tokens, CONTEXT + 1) / ms / 1e6
                 tell("the whole step", form, tokens, ms * 1e3, f"{bandwidth / self.read:.1%} of {self.read:.0f} GB/s")
                 if launch:
-                    key, row = decode_row(launch, self.measured(tokens), BUCKET, self.program.dtype.itemsize)
+                    key, row = decode_row(launch, tokens, BUCKET, self.program.dtype.itemsize)
                     table.setdefault(key, []).append(row)
                     tell("attention", "decode", tokens, ms * 1e3, row)
             for f in self.contractions:
                 if f.name in choice:
                     parts, tiles = Contraction(f.kernel.attrs["body"]), choice[f.name].tiles
+                    if form_of(tiles) in ("skinny", "stream") and tiles.tokens != tokens:
+                        continue  # the one in use, which has a row: that for more tokens
                     shape = (parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
                     table.setdefault(schedule.key(form_of(tiles), *shape), []).append(asdict(tiles))
                     tell(f.name, form, tokens, next(us for us, option in found[f.name] if option is choice[f.name]), tiles)
@@ -177,9 +178,6 @@ class Tuner:
     def read(self) -> float:
         """GB/s that this GPU reads."""
         return read_bandwidth(self.program.device)
-
-    def measured(self, tokens: int) -> int:
-        return MEASURED.get(tokens, tokens)
 
     # ---- candidates --------------------------------------------------------------------------------------------------------
 
@@ -205,7 +203,7 @@ class Tuner:
         """The tile with which the program launches a kernel for one or a few tokens, by its table or the rule."""
         forms = ("stream", "skinny") if form == "skinny" and self.program.program.HOPPER else (form,)
         tiles = [t for s in function.sources if s.form in forms and form != "matmul" for t in s.facts["tiles"]]
-        found = next((t for t in tiles if form == "gemv" or t.tokens == tokens), None)
+        found = next((t for t in tiles if form == "gemv" or getattr(t, "least", 0) <= tokens <= t.tokens), None)
         if found is None and form == "skinny":  # the next form has them
             larger = [t for s in function.sources if s.form == "matmul" for t in s.facts["tiles"]]
             found = next((replace(t, tokens=2 * tokens) for t in larger if t.tokens is None or t.tokens >= tokens), None)

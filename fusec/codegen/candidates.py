@@ -10,7 +10,7 @@ from .attention_schedule import LITTLE, SLACK, Launch, with_tile
 from .schedule import MULTIPROCESSORS, REGISTERS, SHARED
 
 FORMS = ("gemv", "skinny", "matmul")
-TOKENS = {"gemv": (1,), "skinny": (16, 32, 64, 128), "matmul": (4096,)}  # form -> numbers of tokens that have tiles of their own
+TOKENS = {"gemv": (1,), "skinny": (8, 16, 32, 64, 128), "matmul": (4096,)}  # form -> numbers of tokens with tiles of their own
 MOST, MOST_STREAMS = 36, 72  # tiles of a shape and number of tokens
 
 
@@ -59,7 +59,7 @@ def skinny(rows, k, leaves, itemsize, tokens) -> list[schedule.Skinny]:
         # Many tokens are bound by arithmetic too, and a matrix of very many rows runs in many waves: the last is no matter there.
         one_wave = tiles <= wave or tiles > 4 * MULTIPROCESSORS or tokens > 32
         if fits and splits_well and enough and one_wave:
-            found.append(schedule.Skinny(tokens, tokens, n, bk, splits, warps, stages))
+            found.append(schedule.Skinny(tokens, max(tokens, 16), n, bk, splits, warps, stages))
     found.sort(key=lambda t: (-t.block_n, t.splits, t.block_k))
     return found[:: -(-len(found) // MOST)] if found else []
 

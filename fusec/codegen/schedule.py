@@ -57,7 +57,7 @@ class Stream:
     @property
     def least(self) -> int:
         """The fewest tokens it is for: fewer have a narrower tile."""
-        return 2 if self.tokens == 16 else self.tokens // 2 + 1
+        return 2 if self.tokens <= 16 else self.tokens // 2 + 1
 
     def accumulators(self, leaves: int) -> int:
         """float32 numbers of a thread that multiplies."""

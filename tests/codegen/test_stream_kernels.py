@@ -69,6 +69,10 @@ def test_loads_of_several_segments_stay_where_they_are():
 KINDS = [  # rows, leaves, reads, tile
     (480, 1, True, schedule.Stream(16, 64, 64, 2, 4, 3)),  # rows that tiles do not divide
     (480, 1, False, schedule.Stream(64, 64, 128, 1, 4, 3)),
+    (480, 1, True, schedule.Stream(8, 64, 128, 2, 4, 3)),  # as few tokens as tensor cores take
+    (512, 2, True, schedule.Stream(8, 32, 64, 1, 4, 3)),
+    (512, 2, False, schedule.Stream(8, 64, 128, 1, 4, 3)),
+    (512, 1, True, schedule.Stream(64, 256, 64, 1, 8, 3)),
     (480, 2, True, schedule.Stream(64, 32, 64, 3, 4, 4)),  # two leaves one below the other
     (512, 2, False, schedule.Stream(32, 16, 128, 1, 4, 3)),
     (512, 2, True, schedule.Stream(128, 64, 64, 2, 8, 3)),
