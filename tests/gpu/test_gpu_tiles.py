@@ -38,7 +38,7 @@ def every_row():
     for shape in ((1000, 320, 1), (480, 640, 2), (6144, 4096, 1), (96, 192, 2)):  # in no table: what the rule says of them
         for tile in schedule.stream(*shape):
             yield "stream", *shape, 2, tile
-    for tokens, splits in itertools.product((16, 32, 64, 128), (1, 2, 3)):  # two leaves one below the other
+    for tokens, splits in itertools.product((8, 16, 32, 64, 128), (1, 2, 3)):  # two leaves one below the other
         yield "stream", 480, 640, 2, 2, schedule.Stream(tokens, 32, 64, splits, 4 if tokens < 128 else 8, 3)
 
 
