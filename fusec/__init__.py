@@ -3,6 +3,10 @@
     from fusec import LLM, SamplingParams, compile
 """
 
+import os
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # multiply and add as one, which Triton 3.10 would no longer do unasked
+
 __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "compile"]
 

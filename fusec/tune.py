@@ -346,20 +346,20 @@ class Tuner:
         another's place if the step is shorter with it, by whatever replays of both in turn can tell.
 
         The first launch in `attention` is the one in use. Without any, attention is left as it is, and None returned.
-        used: the candidates in use. The search begins with them or with the fastest alone, so that tuning for a short time
-        leaves nothing slower than it was.
+        used: the candidates in use, which the search begins with: tuning for a short time leaves nothing slower than it was. The
+        fastest alone, all together, are the first to be tried.
         """
         launches = [launch for launch, future in attention if future.result() is None]
-        choice = {name: options[0] for name, options in few.items()} | {ATTENTION: launches[0] if launches else None}
-        options = few | {ATTENTION: launches}
+        alone, options = {name: several[0] for name, several in few.items()}, few | {ATTENTION: launches}
+        choice = (used or alone) | {ATTENTION: launches[0] if launches else None}
         best = self.step(choice, tokens)
         ranks = itertools.zip_longest(*([{name: option} for option in several] for name, several in options.items()))
         trials = [trial for rank in ranks for trial in rank if trial]  # a short time is for the best of each
-        for each in ([used or {}], trials, trials):
+        for each in ([alone], trials, trials):
             before = best
             for trial in each:
                 changed = {name: option for name, option in trial.items() if option is not choice[name]}
-                if not changed or time.monotonic() > deadline:
+                if not changed or (time.monotonic() > deadline and trial is not alone):
                     continue
                 try:
                     other = self.step(choice | changed, tokens)

@@ -1,10 +1,24 @@
 """The search of `fusec tune`, over made-up times of a step."""
 
+import itertools
 import json
+import random
 import time
 from types import SimpleNamespace
 
+import pytest
+
+from fusec import tune
 from fusec.tune import ATTENTION, Tuner, write_table
+
+
+@pytest.fixture(autouse=True)
+def noisy_clock(monkeypatch):
+    """What stands for a step's graph is the milliseconds that it takes."""
+    noise = random.Random(0)
+    taken = lambda step: step * (1 + noise.gauss(0, 0.0003))  # noqa: E731
+    monkeypatch.setattr(tune, "turns", lambda now, other: ((taken(now), taken(other)) for _ in itertools.count()))
+    monkeypatch.setattr(tune, "replay_microseconds", lambda step: step * 1e3)
 
 
 def tuner(milliseconds):
@@ -41,9 +55,12 @@ def test_what_is_fastest_together_wins():
     assert not any(trial[ATTENTION] == "broken" for trial in search.tried)
 
 
-def test_noise_changes_nothing():
-    choice, launch, _ = tuner(lambda choice: 1 - 0.001 * (choice["o"] == "y")).together(FEW, LAUNCHES, 1, time.monotonic() + 60)
-    assert (choice, launch) == ({"qkv": "a", "o": "x"}, "rule")
+def test_what_is_less_than_the_noise_changes_nothing_and_what_is_more_does():
+    def found(saving):
+        return tuner(lambda choice: 1 - saving * (choice["o"] == "y")).together(FEW, LAUNCHES, 1, time.monotonic() + 60)
+
+    assert found(0.00003)[:2] == ({"qkv": "a", "o": "x"}, "rule")
+    assert found(0.002)[:2] == ({"qkv": "a", "o": "y"}, "rule")
 
 
 def test_a_candidate_that_fails_is_none():
@@ -63,7 +80,7 @@ def test_without_time_the_fastest_alone_stay():
 
 
 def test_a_search_without_time_leaves_nothing_slower_than_it_was():
-    search = tuner(lambda choice: 1.0 - 0.5 * (choice["qkv"] == "b"))
+    search = tuner(lambda choice: {"a": 1.0, "b": 0.5, "c": 2.0}[choice["qkv"]])
     used = {"qkv": "b", "o": "z"}
     assert search.together(FEW, LAUNCHES, 1, time.monotonic() - 1, used) == (used, "rule", 0.5)
     slow = {"qkv": "c", "o": "z"}

@@ -28,6 +28,12 @@ def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, part
         kernels.q_k_v_proj_gemv[(triton.cdiv(3072, 1),)](
             q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache,
             BLOCK_N=1, BLOCK_K=4096, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 8:
+        kernels.q_k_v_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(3072, 64), 2)](
+            tiles(q_k_v_proj, 4096, 64, 64), tiles(x[:T], 4096, 8, 64), cos, sin, out, k_cache, slots, v_cache,
+            partial, arrivals, T,
+            BLOCK_M=8, BLOCK_N=64, BLOCK_K=64, STAGES=12, SPLITS=2, REDUCERS=4, REDUCING=40,
+            PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3072, 32), 1)](
             tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 16, 64), cos, sin, out, k_cache, slots, v_cache,
@@ -44,7 +50,7 @@ def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, part
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3072, 32), 1)](
             tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 64, 64), cos, sin, out, k_cache, slots, v_cache,
             partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=12, SPLITS=1, REDUCERS=4, REDUCING=48,
+            BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=9, SPLITS=1, REDUCERS=4, REDUCING=48,
             PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(3072, 32), 1)](
@@ -105,16 +111,16 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
     if T == 1:
         kernels.o_proj_gemv[(triton.cdiv(4096, 4),)](
             o_proj, attended, x, out,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=2048, STAGES=3, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 1)](
             tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 16, 128), x, out, partial, arrivals, T,
             BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=11, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
-        kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 2)](
+        kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 1)](
             tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 32, 128), x, out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=9, SPLITS=2,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=9, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 1)](
@@ -154,7 +160,12 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(14336, 1),)](
             gate_up_proj, x, out,
-            BLOCK_N=1, BLOCK_K=2048, STAGES=3, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=1, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 8:
+        kernels.gate_up_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(14336, 64), 1)](
+            tiles(gate_up_proj, 4096, 64, 256), tiles(x[:T], 4096, 8, 256), out, partial, arrivals, T,
+            BLOCK_M=8, BLOCK_N=64, BLOCK_K=256, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=40,
+            PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(14336, 64), 1)](
             tiles(gate_up_proj, 4096, 64, 256), tiles(x[:T], 4096, 16, 256), out, partial, arrivals, T,
@@ -162,14 +173,14 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(14336, 64), 1)](
-            tiles(gate_up_proj, 4096, 64, 64), tiles(x[:T], 4096, 32, 64), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=7, SPLITS=1, REDUCERS=4, REDUCING=40,
+            tiles(gate_up_proj, 4096, 64, 128), tiles(x[:T], 4096, 32, 128), out, partial, arrivals, T,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=48,
             PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
-        kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(14336, 64), 1)](
-            tiles(gate_up_proj, 4096, 64, 64), tiles(x[:T], 4096, 64, 64), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=9, SPLITS=1, REDUCERS=4, REDUCING=48,
-            PDL=PDL, num_warps=4, maxnreg=96, launch_pdl=PDL)
+        kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(14336, 128), 1)](
+            tiles(gate_up_proj, 4096, 128, 64), tiles(x[:T], 4096, 64, 64), out, partial, arrivals, T,
+            BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=48,
+            PDL=PDL, num_warps=4, maxnreg=120, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(14336, 128), 1)](
             tiles(gate_up_proj, 4096, 128, 64), tiles(x[:T], 4096, 128, 64), out, partial, arrivals, T,
@@ -208,6 +219,11 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
         kernels.down_proj_gemv[(triton.cdiv(4096, 4),)](
             down_proj, x, x_2, out,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+    elif HOPPER and 2 <= T <= 8:
+        kernels.down_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(4096, 64), 2)](
+            tiles(down_proj, 14336, 64, 256), tiles(x[:T], 14336, 8, 256), x_2, out, partial, arrivals, T,
+            BLOCK_M=8, BLOCK_N=64, BLOCK_K=256, STAGES=6, SPLITS=2,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             tiles(down_proj, 14336, 64, 128), tiles(x[:T], 14336, 16, 128), x_2, out, partial, arrivals, T,
