@@ -62,6 +62,34 @@ if INTERPRETED:
         trial = with_tile(launch.constants, tile, 1, 200, 4)
         check_decode(lab.kernel("decode", **context), case, trial, lab.reference(case, score, keep))
 
+    @pytest.mark.parametrize("length", (1, 37, 64))
+    def test_the_newest_row_is_not_read_with_the_history(length):
+        """Its slot holds NaN until, at the wait, the kernel itself makes the row: a tile that held the slot was copied before."""
+        text = """
+            @triton.jit
+            def attention_heads(made_k_ptr, made_v_ptr, slot_ptr, k_ptr, v_ptr, b, g):
+                j = tl.arange(0, 64)
+                to = (tl.load(slot_ptr + b) * 2 + g) * 64 + j
+                tl.store(k_ptr + to, tl.load(made_k_ptr + (b * 2 + g) * 64 + j))
+                tl.store(v_ptr + to, tl.load(made_v_ptr + (b * 2 + g) * 64 + j))
+        """
+        pointers = ["made_k_ptr", "made_v_ptr", "slot_ptr", "k_ptr", "v_ptr"]
+        context, score, keep = lab.KINDS["causal"]
+        fn = lab.kernel("decode", heads={"text": textwrap.dedent(text).strip(), "pointers": pointers}, **context)
+        case = lab.make_case([length], G=2, R=3, K=64, J=64, page=16, dtype=torch.float32, device="cpu")
+        want = lab.reference(case, score, keep)
+        slot = case.block_tables[0, (length - 1) // 16] * 16 + (length - 1) % 16
+        made = [cache.view(-1, 2, 64)[slot.long()].clone() for cache in (case.k_cache, case.v_cache)]
+        for cache in (case.k_cache, case.v_cache):
+            cache.view(-1, 2, 64)[slot.long()] = float("nan")
+        launch = decode_launch(1, 200, **case.shape, itemsize=4)
+        launch = with_tile(launch.constants, dict(block_n=64, parts=1, chunk=64, num_warps=4, num_stages=2), 1, 200, 4)
+        out = lab.poisoned_out(case)
+        fn[launch.grid](case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, out,
+                        *lab.make_scratch(launch, 1, "cpu"), *made, slot.view(1), case.k_cache, case.v_cache, 1, case.q.stride(0),
+                        case.block_tables.stride(0), **launch.constants, **launch.options)  # fmt: skip
+        assert lab.error(out, want) < 1e-6
+
     @pytest.mark.parametrize("kind, heads", CASES)
     def test_prefill(kind, heads):
         G, R, K, J, page, dtype = HEADS[heads]
