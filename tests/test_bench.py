@@ -161,10 +161,10 @@ def test_a_small_saving_is_told_from_noise():
 
     taken = []
     assert all(proven_saving(pairs(0.003, seed)) > 0 for seed in range(20))
-    assert sum(proven_saving(pairs(0.0, seed)) > 0 for seed in range(100)) <= 3
+    assert sum(proven_saving(pairs(0.0, seed)) > 0 for seed in range(200)) <= 5
     assert all(proven_saving(pairs(-0.003, seed)) < 0 for seed in range(20))
     taken.clear()
-    assert 0.05 < proven_saving(pairs(0.1, 1)) < 0.1 and len(taken) == 8  # plain to see
+    assert 0.05 < proven_saving(pairs(0.1, 1)) < 0.1 and len(taken) == 12  # plain to see
 
 
 # ---- kernels of a step ---------------------------------------------------------------------------------------------------------

@@ -82,19 +82,21 @@ def turns(now, other, *, at_least: float = 4000.0, most: int = 256) -> Iterator[
         yield replay(now, count), after
 
 
-def proven_saving(pairs: Iterable[tuple[float, float]], *, least: int = 8, most: int = 24) -> float:
+def proven_saving(pairs: Iterable[tuple[float, float]], *, least: int = 12, most: int = 24) -> float:
     """The share of its time that something saves over what there is now, less four standard errors: above 0 it is no noise.
 
-    pairs: times of (now, other), of which no more are taken than it needs to tell. Of all savings the smallest and the greatest
-    do not count: something came in between.
+    pairs: times of (now, other), of which no more are taken than it needs to tell; four losses are enough. Of all savings the
+    smallest and the greatest do not count: something came in between.
     """
     savings = []
     for now, other in itertools.islice(pairs, most):
         savings.append(1 - other / now)
+        if len(savings) == 4 and max(savings) < 0:
+            return max(savings)
         if len(savings) >= least:
             inner = sorted(savings)[1:-1]
             mean, doubt = statistics.mean(inner), 4 * statistics.stdev(inner) / len(inner) ** 0.5
-            if abs(mean) > doubt:
+            if mean > doubt or mean < 0:
                 break
     return mean - doubt
 
