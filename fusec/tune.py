@@ -166,8 +166,6 @@ class Tuner:
             for f in self.contractions:
                 if f.name in choice:
                     parts, tiles = Contraction(f.kernel.attrs["body"]), choice[f.name].tiles
-                    if form_of(tiles) in ("skinny", "stream") and tiles.tokens != tokens:
-                        continue  # the one in use, which has a row: that for more tokens
                     shape = (parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
                     table.setdefault(schedule.key(form_of(tiles), *shape), []).append(asdict(tiles))
                     tell(f.name, form, tokens, next(us for us, option in found[f.name] if option is choice[f.name]), tiles)
@@ -203,7 +201,7 @@ class Tuner:
         """The tile with which the program launches a kernel for one or a few tokens, by its table or the rule."""
         forms = ("stream", "skinny") if form == "skinny" and self.program.program.HOPPER else (form,)
         tiles = [t for s in function.sources if s.form in forms and form != "matmul" for t in s.facts["tiles"]]
-        found = next((t for t in tiles if form == "gemv" or getattr(t, "least", 0) <= tokens <= t.tokens), None)
+        found = next((t for t in tiles if form == "gemv" or t.tokens == tokens), None)
         if found is None and form == "skinny":  # the next form has them
             larger = [t for s in function.sources if s.form == "matmul" for t in s.facts["tiles"]]
             found = next((replace(t, tokens=2 * tokens) for t in larger if t.tokens is None or t.tokens >= tokens), None)
@@ -212,7 +210,8 @@ class Tuner:
     def make_room(self, options: list[Candidate]) -> None:
         """Scratch for the partial results of any candidate."""
         p = self.program
-        most = max((o.tiles.splits * o.tiles.tokens for o in options if o.form in ("skinny", "stream")), default=1)
+        most = max((o.tiles.splits * max(o.tiles.tokens, o.tiles.block_m) for o in options if o.form in ("skinny", "stream")),
+                   default=1)  # fmt: skip
         facts = [s.facts for f in self.contractions for s in f.sources if "leaves" in s.facts]
         columns = max(((f["leaves"] + 1) * f["rows"] for f in facts), default=0)  # and what blocks and row reductions add
         if not columns:

@@ -83,7 +83,8 @@ def turns(now, other, *, at_least: float = 4000.0, most: int = 256) -> Iterator[
 
 
 def proven_saving(pairs: Iterable[tuple[float, float]], *, least: int = 12, most: int = 24) -> float:
-    """The share of its time that something saves over what there is now, less four standard errors: above 0 it is no noise.
+    """The share of its time that something saves over what there is now, less four standard errors: above 0 it is noise once in a
+    hundred times.
 
     pairs: times of (now, other), of which no more are taken than it needs to tell; four losses are enough. Of all savings the
     smallest and the greatest do not count: something came in between.

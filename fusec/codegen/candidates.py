@@ -16,8 +16,12 @@ MOST, MOST_STREAMS = 36, 72  # tiles of a shape and number of tokens
 
 def tiles_for(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens: int, streams=False, beside: int = 0) -> list:
     """Tiles of a contraction kernel with a weight of leaves × [rows, k]. A few tokens may be streamed, if the kernel can be,
-    and the most of them may want the next form.  streams: whether it can.  beside: row reductions that it has."""
+    and the most of them may want the next form.  streams: whether it can.  beside: row reductions that it has.
+
+    The fewest are streamed only: where no stream is for them, that for a few more stands before any other form."""
     found = {"gemv": gemv, "skinny": skinny, "matmul": matmul}[form](rows, k, leaves, itemsize, tokens)
+    if form == "skinny" and streams and tokens == min(TOKENS["skinny"]):
+        return stream(rows, k, leaves, itemsize, tokens, beside)
     if form == "skinny" and streams:
         # The first is what the others' results are held to.
         found = found[:1] + stream(rows, k, leaves, itemsize, tokens, beside) + found[6::6]
@@ -74,7 +78,8 @@ def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
     for n, bk, warps, room in itertools.product(heights, widths, (4, 8), parts):
         place, steps, tiles = (n * leaves + tokens) * bk * itemsize, k // bk, -(-rows // n)
         most = min((room - 4096) // place, 20 if place <= 10240 else 12)
-        if itemsize != 2 or k % bk or most < 2 or tokens * min(warps, n // 16) // warps < 8:
+        high = 64 if (leaves, n, bk) == (2, 32, 64) else n  # two leaves one below the other are multiplied as one
+        if itemsize != 2 or k % bk or most < 2 or tokens * min(warps, high // 16) // warps < 8:
             continue
         if warps == 8 and n * leaves * tokens < 4096:  # nothing to share out
             continue

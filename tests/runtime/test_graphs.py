@@ -49,10 +49,11 @@ def test_a_step_of_an_unchanged_batch_copies_nothing_to_the_device():
     assert not any("HtoD" in key for key in copies), copies
 
 
-@pytest.mark.parametrize("adjusted", [False, True])
-def test_a_step_ends_the_same_in_torch_and_in_triton(adjusted):
+@pytest.mark.parametrize("kind", [dict(temperature=0), dict(temperature=0, min_tokens=1), dict(), dict(top_p=0.9, temperature=2)])
+def test_a_step_ends_the_same_in_torch_and_in_triton(kind):
     """The sampled tokens make the next step's input: of rows that are padding, of the last position of a table, of NaN."""
-    params = SamplingParams(temperature=0, min_tokens=1) if adjusted else SamplingParams(temperature=0)
+    params = SamplingParams(**kind)
+    adjusted = params.variant.adjusted
 
     def filled(device):
         generator = torch.Generator().manual_seed(0)
@@ -67,19 +68,23 @@ def test_a_step_ends_the_same_in_torch_and_in_triton(adjusted):
             state.seat(row, Sequence([1], params, 9, seed=row), lambda array: torch.from_numpy(array).to(device))
         return buffers, state
 
-    pairs = [filled("cpu"), filled("cuda")]
+    pairs, ties = [filled("cpu"), filled("cuda")], 0
     generator = torch.Generator().manual_seed(1)
     for step in range(12):
         count = (20, 1, 7, 2)[step % 4]
-        logits = torch.randn(count, 5000, generator=generator)
-        logits[count // 2, 4999] = torch.nan if step % 3 == 0 else 9
+        logits = torch.randn(count, 5000, generator=generator) * 3
+        logits[count // 2, 4999] = torch.nan if step % 3 == 0 else 30
         results = []
         for buffers, state in pairs:
             given = logits.to(buffers.ids.device)
             select = state.select(slice(count), adjusted)
             results.append(sample(given, select, buffers.context_lens[:count], params.variant, buffers).tokens.cpu())
-        assert torch.equal(*results)
-        assert (results[0][count // 2] == -1) == (step % 3 == 0)
+        if params.temperature and not torch.equal(*results):  # a tie in the last bit
+            ties += 1
+            for name in ("ids", "ring"):
+                getattr(pairs[1][0], name).copy_(getattr(pairs[0][0], name))
+        assert ties <= 1 and (ties or torch.equal(*results))
+        assert (results[1][count // 2] == -1) == (step % 3 == 0)
         for name in ("ids", "positions", "context_lens", "slots", "ring", "cursor"):
             cpu, gpu = (getattr(buffers, name).cpu() for buffers, _ in pairs)
             assert torch.equal(cpu, gpu), name
