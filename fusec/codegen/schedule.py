@@ -154,32 +154,33 @@ def gemv(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT) 
 
 
 def skinny(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT) -> tuple[Skinny, ...]:
-    """Tall tiles of weights; K is split until every multiprocessor has a tile, and each program still has a few steps."""
-    found = lookup(gpu, "skinny", rows, k, leaves, itemsize)
-    if found:
-        return tuple(Skinny(**row) for row in found)
-    table = []
-    for tokens in (16, 32, 64):
+    """Tall tiles of weights; K is split until every multiprocessor has a tile, and each program still has a few steps. A shape
+    that was measured for some numbers of tokens has the rule for the others."""
+    table = [Skinny(**row) for row in lookup(gpu, "skinny", rows, k, leaves, itemsize) or ()]
+    for tokens in ruled(gpu, rows, k, leaves, itemsize):
         block_n = 32 if leaves == 1 else 16
         block_k = fit(k, 128 if tokens <= 32 and itemsize == 2 else 64)
         splits = 1
         while splits < 8 and -(-rows // block_n) * splits < MULTIPROCESSORS and k // (block_k * splits * 2) >= 4:
             splits *= 2
         table.append(Skinny(tokens, tokens, block_n, block_k, splits, 4, 4 if itemsize == 2 else 2))
-    return tuple(table)
+    return tuple(sorted(table, key=lambda t: t.tokens))
+
+
+def ruled(gpu: str, *shape: int) -> list[int]:
+    """The numbers of tokens, of those that the rules of few have tiles for, that a shape was not measured for."""
+    measured = {row["tokens"] for form in ("skinny", "stream") for row in lookup(gpu, form, *shape) or ()}
+    return [tokens for tokens in (16, 32, 64) if tokens not in measured]
 
 
 def stream(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT) -> tuple[Stream, ...]:
     """Long steps along K; K is split until there are two programs a multiprocessor, a ring of half its shared memory each.
-    Empty where K is no whole number of steps, which the copies must be. A shape that was measured streams the numbers of tokens
-    for which that was faster than the skinny form."""
+    Empty where K is no whole number of steps, which the copies must be. A number of tokens that a shape was measured for is
+    streamed if that was faster than the skinny form."""
     if itemsize != 2 or k % 64:
         return ()
-    found = lookup(gpu, "stream", rows, k, leaves, itemsize)
-    if found or lookup(gpu, "skinny", rows, k, leaves, itemsize):
-        return tuple(Stream(**row) for row in found or ())
-    table = []
-    for tokens in (16, 32, 64):
+    table = [Stream(**row) for row in lookup(gpu, "stream", rows, k, leaves, itemsize) or ()]
+    for tokens in ruled(gpu, rows, k, leaves, itemsize):
         block_n = 64
         block_k = fit(k, 128 if (leaves * block_n + tokens) * 128 * itemsize * 3 <= HALF else 64)
         steps, tiles = k // block_k, -(-rows // block_n)
@@ -191,7 +192,7 @@ def stream(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT
         if stages * place > 2 * HALF:  # very many leaves: no ring fits
             continue
         table.append(Stream(tokens, block_n, block_k, splits, 4 if leaves * tokens < 64 else 8, stages))
-    return tuple(table)
+    return tuple(sorted(table, key=lambda t: t.tokens))
 
 
 def matmul(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT) -> tuple[Matmul, ...]:

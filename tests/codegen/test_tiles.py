@@ -60,8 +60,9 @@ else:
         tables = {"measured": {"skinny 128 256 1 2": [], "stream 128 256 1 2": [row]},
                   "skinny": {"skinny 128 256 1 2": [{"tokens": 16}]}, "empty": {}}
         monkeypatch.setattr(schedule, "table", tables.__getitem__)
-        assert schedule.stream(128, 256, 1, 2, "measured") == (schedule.Stream(**row),)
-        assert schedule.stream(128, 256, 1, 2, "skinny") == ()
+        rule = schedule.stream(128, 256, 1, 2, "empty")
+        assert schedule.stream(128, 256, 1, 2, "measured") == (rule[0], schedule.Stream(**row), rule[2])  # the others by rule
+        assert schedule.stream(128, 256, 1, 2, "skinny") == rule[1:]
         assert [t.tokens for t in schedule.stream(128, 256, 1, 2, "empty")] == [16, 32, 64]
         assert schedule.stream(128, 250, 1, 2, "empty") == () == schedule.stream(128, 256, 1, 4, "empty")
         assert [(t.least, t.tokens) for t in schedule.stream(128, 256, 1, 2, "empty")] == [(2, 16), (17, 32), (33, 64)]
