@@ -152,8 +152,8 @@ class Tuner:
             choice = {name: rows[0][1] for name, rows in found.items()}
             if choice and form != "matmul":
                 few = {name: [option for _, option in rows[: FEW[form]]] for name, rows in found.items()}
-                used = {f.name: self.used(f, form, tokens) for f in self.contractions}
-                used = {name: next((o for _, o in rows if o.tiles == used[name]), rows[0][1]) for name, rows in found.items()}
+                tiles = {f.name: self.used(f, form, tokens) for f in self.contractions}
+                used = {name: next((o for _, o in rows if o.tiles == tiles[name]), rows[0][1]) for name, rows in found.items()}
                 now = time.monotonic()
                 deadline = now + (start + budget - now) / left
                 choice, launch, ms = self.together(few, attention[form, tokens], tokens, deadline, used)
@@ -184,9 +184,9 @@ class Tuner:
         parts, found, files = Contraction(function.kernel.attrs["body"]), [], {}
         shape = (parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
         streams = parts.streams and self.program.program.HOPPER
-        several, used = tiles_for(form, *shape, tokens, streams, len(parts.beside)), self.used(function, form, tokens)
-        others = [tiles for tiles in several[1:] if tiles != used]
-        for tiles in several if used is None or used in several[:1] else [*several[:1], used, *others]:
+        first, *others = tiles_for(form, *shape, tokens, streams, len(parts.beside)) or [None]
+        several = dict.fromkeys([first, self.used(function, form, tokens), *others])  # each once, the one in use among the first
+        for tiles in filter(None, several):
             kind = (form_of(tiles), bool(parts.k % tiles.block_k), bool(parts.n % tiles.block_n))
             if kind not in files:
                 name = f"{function.name}_{kind[0]}"

@@ -108,16 +108,16 @@ def draw(logits: torch.Tensor, params, positions: torch.Tensor, *, draws: bool, 
     values = torch.empty(rows, blocks, dtype=torch.float32, device=device)
     tokens = torch.empty(rows, blocks, dtype=torch.int32, device=device)
     result = torch.empty(rows, dtype=torch.int32, device=device)
-    if buffers is None:
-        arrivals, state, sizes = torch.zeros(rows, dtype=torch.int32, device=device), [None] * 7, (0, 0, 0)
-    else:
-        b = buffers
+    if b := buffers:
         arrivals, state = b.arrivals, [b.ids, b.positions, b.context_lens, b.slots, b.tables, b.ring, b.cursor]
-        sizes = (b.tables.shape[1], b.ring.shape[1], b.block_size)
+        widths, block_size = (b.tables.shape[1], b.ring.shape[1]), b.block_size
+    else:
+        arrivals, state = torch.zeros(rows, dtype=torch.int32, device=device), [None] * 7
+        widths, block_size = (0, 0), 0
     _draw[(blocks, rows)](
         logits, params.temperature, thresholds, params.seed_low, params.seed_high, positions, values, tokens, arrivals, result,
-        *state, vocab_size, logits.stride(0), params.temperature.stride(0), params.seed_low.stride(0), *sizes[:2],
+        *state, vocab_size, logits.stride(0), params.temperature.stride(0), params.seed_low.stride(0), *widths,
         DRAWS=draws, FILTERS=thresholds is not None, GREEDY_BELOW=GREEDY_BELOW, ADVANCES=buffers is not None, SEVERAL=rows > 1,
-        BLOCK_SIZE=sizes[2], RING=RING, BLOCK=block, BLOCKS=triton.next_power_of_2(blocks), PDL=pdl, launch_pdl=pdl,
+        BLOCK_SIZE=block_size, RING=RING, BLOCK=block, BLOCKS=triton.next_power_of_2(blocks), PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
     return result

@@ -78,7 +78,7 @@ def turns(now, other, *, at_least: float = 4000.0, most: int = 256) -> Iterator[
     count = replays(other, at_least, most)
     while True:
         yield replay(now, count), replay(other, count)
-        after = replay(other, count)
+        after = replay(other, count)  # neither is always the first
         yield replay(now, count), after
 
 

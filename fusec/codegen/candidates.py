@@ -18,12 +18,12 @@ def tiles_for(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens: 
     """Tiles of a contraction kernel with a weight of leaves × [rows, k]. A few tokens may be streamed, if the kernel can be,
     and the most of them may want the next form.  streams: whether it can.  beside: row reductions that it has.
 
-    The fewest are streamed only: where no stream is for them, that for a few more stands before any other form."""
-    found = {"gemv": gemv, "skinny": skinny, "matmul": matmul}[form](rows, k, leaves, itemsize, tokens)
+    The first is what the others' results are held to. The fewest tokens are streamed only: where no stream is for them, that for
+    a few more stands before any other form."""
     if form == "skinny" and streams and tokens == min(TOKENS["skinny"]):
         return stream(rows, k, leaves, itemsize, tokens, beside)
+    found = {"gemv": gemv, "skinny": skinny, "matmul": matmul}[form](rows, k, leaves, itemsize, tokens)
     if form == "skinny" and streams:
-        # The first is what the others' results are held to.
         found = found[:1] + stream(rows, k, leaves, itemsize, tokens, beside) + found[6::6]
     if form == "skinny" and tokens == max(TOKENS["skinny"]):
         found += [replace(tiles, tokens=2 * tokens) for tiles in matmul(rows, k, leaves, itemsize, tokens)]

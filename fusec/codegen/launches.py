@@ -27,13 +27,19 @@ class Launches:
         self.dtype, self.gpu, self.source_lines = dtype, gpu, source_lines
         self.itemsize = 4 if dtype == "float32" else 2
         self.partial = self.arrivals = 1
+        self.begun = False  # whether the program has a kernel: all but the first may start while the one before drains
 
     def of(self, kernel: Value) -> tuple[list[Source], list[str], list[tuple[str, tuple]]]:
-        """Raises UserError for a body of attention that the template does not implement."""
+        """To be asked of a program's kernels in their order. Raises UserError for a body of attention that the template does not
+        implement."""
         try:
-            return getattr(self, kernel.attrs["kind"])(kernel)
+            sources, lines, params = getattr(self, kernel.attrs["kind"])(kernel)
         except attention_body.Unmatched as problem:
             raise unsupported(kernel, str(problem)) from None
+        if not self.begun:
+            lines = ["# A step begins when the one before is over: decode attention reads history before it waits.", *lines]
+        self.begun = True
+        return sources, lines, params
 
     def contract(self, kernel):
         """A launch function that picks the form by the number of tokens: gemv, stream or skinny, matmul, then the vendor's."""
@@ -85,11 +91,11 @@ class Launches:
         blocks = f"triton.cdiv({parts.n}, {t.block_n})"
         constants = {"BLOCK_N": t.block_n, "BLOCK_K": t.block_k, "STAGES": t.stages}
         if source.form == "gemv":
-            return call(source, f"({blocks},)", None, constants, t.num_warps)
+            return self.call(source, f"({blocks},)", None, constants, t.num_warps)
         constants = {"BLOCK_M": t.block_m} | constants
         grid = f"(triton.cdiv({rows}, {t.block_m}) * {blocks},)"
         if source.form == "matmul":
-            return call(source, grid, rows, constants | {"GROUP": t.group}, t.num_warps)
+            return self.call(source, grid, rows, constants | {"GROUP": t.group}, t.num_warps)
         if t.splits > 1:
             tokens = -(-t.tokens // t.block_m) * t.block_m
             blocks = -(-parts.n // t.block_n)
@@ -100,7 +106,7 @@ class Launches:
         if source.form == "stream":
             program = t.program(parts.leaves, source.facts["reductions"])
             registers, constants = program.registers, constants | program.constants
-        return call(source, f"{grid[:-2]}, {t.splits})", rows, constants, t.num_warps, registers)
+        return self.call(source, f"{grid[:-2]}, {t.splits})", rows, constants, t.num_warps, registers)
 
     def vendor(self, kernel, parts: Contraction, rows: str, comment, stats: Source | None) -> tuple[list[Source], list[str]]:
         """(kernels, lines): the vendor's matmul, and what surrounds it. A sum with one stored value is the matmul's own."""
@@ -113,11 +119,11 @@ class Launches:
         if stats:
             lines += [f"stats = m.stats({rows}, {len(parts.beside)})"]
             tiles = {"BLOCK_M": 4, "BLOCK_K": stats.facts["block_k"]}
-            lines += call(stats, f"(triton.cdiv({rows}, 4),)", rows, tiles, 4)
+            lines += self.call(stats, f"(triton.cdiv({rows}, 4),)", rows, tiles, 4)
         block_n = min(256, schedule.padded(parts.n))
         tail = contraction(kernel, "kernel_epilogue", "epilogue", comment, self.dtype, block_n, 1, parts)
         grid = f"(triton.cdiv({rows}, 8) * triton.cdiv({parts.n}, {block_n}),)"
-        lines += call(tail, grid, rows, {"BLOCK_M": 8, "BLOCK_N": block_n}, 4)
+        lines += self.call(tail, grid, rows, {"BLOCK_M": 8, "BLOCK_N": block_n}, 4)
         return [tail], lines
 
     def rows(self, kernel):
@@ -128,7 +134,7 @@ class Launches:
         source.facts["tiles"] = {"BLOCK_M": block_m, "num_warps": warps}
         tokens = COUNTS[f["row_dim"]]
         blocks = [f"triton.cdiv({tokens}{f' * {n}' if n > 1 else ''}, {block_m})" for n in f["repeats"]]
-        lines = call(source, f"({' + '.join(blocks)},)", tokens, {"BLOCK_M": block_m}, warps)
+        lines = self.call(source, f"({' + '.join(blocks)},)", tokens, {"BLOCK_M": block_m}, warps)
         batch = [("b", ("batch",))] if kernel.attrs.get("inlined") else []
         if batch:
             lines = ["if b.max_query == 1:", "    return  # decode attention makes them itself", *lines]
@@ -184,6 +190,28 @@ class Launches:
             lines += ["    share_memory(kernel, launch.shared)"] if form == "decode" else []
         return sources, lines, params
 
+    def call(
+        self, source: Source, grid: str, tokens: str | None, constants: dict, warps: int, registers: int | None = None
+    ) -> list[str]:
+        """A launch. What a Gluon kernel takes tile by tile is described to the bulk copy engine.  registers: a thread's, at
+        most."""
+        pointers, described = [], source.facts.get("described", ())
+        for pointer in source.roles:
+            name = pointer.removesuffix("_ptr")
+            if pointer in described:
+                block = constants["BLOCK_N"] if pointer == described[0] else constants["BLOCK_M"]
+                if pointer != described[0]:
+                    picked = source.facts["picked"]
+                    name = f"m.picked({name}, b)" if picked else f"{name}[:{tokens}]"
+                name = f"tiles({name}, {source.facts['k']}, {block}, {constants['BLOCK_K']})"
+            pointers.append(name)
+        arguments = ", ".join([*pointers, *([tokens] if tokens else [])])
+        sizes = ", ".join(f"{k}={v}" for k, v in constants.items())
+        lines, early = [f"kernels.{source.name}[{grid}](", f"    {arguments},"], "PDL" if self.begun else "False"
+        if registers:
+            return [*lines, f"    {sizes},", f"    PDL=PDL, num_warps={warps}, maxnreg={registers}, launch_pdl={early})"]
+        return [*lines, f"    {sizes}, PDL=PDL, num_warps={warps}, launch_pdl={early})"]
+
     def heads(self, kernel, a, params) -> dict:
         """What a row kernel makes of the heads, as a function that decode attention calls: its text, what it takes, and what the
         launch gives for that; the launch's own parameters are added to `params`."""
@@ -231,26 +259,6 @@ def unsupported(value: Value, found: str) -> UserError:
         expected="row kernels, contractions of activations with weights, and attention over cached keys and values",
         hint="fusec run --device cpu runs it through torch",
     )
-
-
-def call(source: Source, grid: str, tokens: str | None, constants: dict, warps: int, registers: int | None = None) -> list[str]:
-    """A launch. What a Gluon kernel takes tile by tile is described to the bulk copy engine.  registers: a thread's, at most."""
-    pointers, described = [], source.facts.get("described", ())
-    for pointer in source.roles:
-        name = pointer.removesuffix("_ptr")
-        if pointer in described:
-            block = constants["BLOCK_N"] if pointer == described[0] else constants["BLOCK_M"]
-            if pointer != described[0]:
-                picked = source.facts["picked"]
-                name = f"m.picked({name}, b)" if picked else f"{name}[:{tokens}]"
-            name = f"tiles({name}, {source.facts['k']}, {block}, {constants['BLOCK_K']})"
-        pointers.append(name)
-    arguments = ", ".join([*pointers, *([tokens] if tokens else [])])
-    sizes = ", ".join(f"{k}={v}" for k, v in constants.items())
-    lines = [f"kernels.{source.name}[{grid}](", f"    {arguments},"]
-    if registers:
-        return [*lines, f"    {sizes},", f"    PDL=PDL, num_warps={warps}, maxnreg={registers}, launch_pdl=PDL)"]
-    return [*lines, f"    {sizes}, PDL=PDL, num_warps={warps}, launch_pdl=PDL)"]
 
 
 LOCAL = ("product", "stats")  # scratch that a launch function takes from the model itself

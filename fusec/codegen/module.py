@@ -230,13 +230,8 @@ class Builder:
         if described:
             head += "HOPPER = True  # the GPU has the bulk copies and warpgroup products of the stream kernels\n"
         parts = [head]
-        first = self.module.launches[0].function
         for f in self.module.functions:
-            launch = f.launch
-            if f.name == first:  # later kernels read, before they wait, what the last step has written
-                whole = "# A step begins when the one before is over: decode attention reads history before it waits."
-                launch = [whole, *(line.replace("launch_pdl=PDL", "launch_pdl=False") for line in launch)]
-            lines = [f"def {f.name}({', '.join(f.params)}):", *("    " + line for line in launch)]
+            lines = [f"def {f.name}({', '.join(f.params)}):", *("    " + line for line in f.launch)]
             parts.append("\n\n" + "\n".join(lines) + "\n")
         output = self.graph.outputs[0]
         size = math.prod(d.size for d in output.dims if d.size)

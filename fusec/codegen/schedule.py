@@ -56,7 +56,7 @@ class Stream:
 
     @property
     def least(self) -> int:
-        """The fewest tokens it is for: fewer have a narrower tile."""
+        """The fewest tokens it is for: fewer have a narrower tile. Of 8 and 16, that of 8 is asked first where there is one."""
         return 2 if self.tokens <= 16 else self.tokens // 2 + 1
 
     def accumulators(self, leaves: int) -> int:
