@@ -202,7 +202,7 @@ class Tuner:
         forms = ("stream", "skinny") if form == "skinny" and self.program.program.HOPPER else (form,)
         tiles = [t for s in function.sources if s.form in forms and form != "matmul" for t in s.facts["tiles"]]
         found = next((t for t in tiles if form == "gemv" or t.tokens == tokens), None)
-        if found is None and form == "skinny":  # the next form has them
+        if form == "skinny" and all(t.tokens < tokens for t in tiles):  # the next form has them
             larger = [t for s in function.sources if s.form == "matmul" for t in s.facts["tiles"]]
             found = next((replace(t, tokens=2 * tokens) for t in larger if t.tokens is None or t.tokens >= tokens), None)
         return found

@@ -4,11 +4,13 @@ import itertools
 import json
 import random
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from fusec import tune
+from fusec.codegen import schedule
 from fusec.tune import ATTENTION, Tuner, write_table
 
 
@@ -85,6 +87,19 @@ def test_a_search_without_time_leaves_nothing_slower_than_it_was():
     assert search.together(FEW, LAUNCHES, 1, time.monotonic() - 1, used) == (used, "rule", 0.5)
     slow = {"qkv": "c", "o": "z"}
     assert search.together(FEW, LAUNCHES, 1, time.monotonic() - 1, slow) == ({"qkv": "a", "o": "x"}, "rule", 1.0)
+
+
+def test_the_tile_in_use_is_that_for_so_many_tokens():
+    def forms(**tiles):
+        return SimpleNamespace(sources=[SimpleNamespace(form=form, facts={"tiles": each}) for form, each in tiles.items()])
+
+    search, stream = tuner(None), schedule.Stream(16, 64, 64, 1, 4, 3)
+    search.program = SimpleNamespace(program=SimpleNamespace(HOPPER=True))
+    skinny, many = schedule.Skinny(32, 32, 64, 64, 1, 4, 3), schedule.Matmul(None, 128, 64, 64, 8, 4, 3)
+    function = forms(gemv=(schedule.Gemv(1, 512, 4, 1),), stream=(stream,), skinny=(skinny,), matmul=(many,))
+    used = {tokens: search.used(function, "skinny", tokens) for tokens in (8, 16, 32, 128)}
+    assert used == {8: None, 16: stream, 32: skinny, 128: replace(many, tokens=256)}  # 8 have a share in what is for 16
+    assert search.used(function, "gemv", 1) == schedule.Gemv(1, 512, 4, 1) and search.used(function, "matmul", 4096) is None
 
 
 def test_a_table_keeps_what_was_not_measured(tmp_path):
