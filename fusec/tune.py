@@ -35,10 +35,10 @@ from fusec.codegen.module import preamble
 from fusec.runtime.batch import Batch
 from fusec.runtime.tiles import tiles as in_tiles
 
-FEW = {"gemv": 12, "skinny": 10}  # of a kernel's candidates that are tried in the whole step
+FEW = {"gemv": 24, "skinny": 24}  # of a kernel's candidates that are tried in the whole step
 ALONE = 0.6  # of the budget for kernels alone; the rest is for whole steps
 LEAST = 0.2  # seconds that are left to each kernel still to be measured alone
-CONTEXT = 512  # tokens of history of a step that is measured
+CONTEXT = 560  # tokens of history of a step that is measured: no whole number of tiles, as most histories are
 PAGE = 16
 PAGES = CONTEXT // PAGE + 1
 BUCKET = 1024  # the bound on contexts that its graph is captured for

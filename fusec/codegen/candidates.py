@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 from . import schedule
@@ -36,7 +37,7 @@ def form_of(tiles) -> str:
 
 def gemv(rows, k, leaves, itemsize, tokens) -> list[schedule.Gemv]:
     found = []
-    for n, bk, warps, stages in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (4, 8), (1, 3)):
+    for n, bk, warps, stages in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (2, 4, 8), (1, 3)):
         elements, whole = n * bk * leaves / (warps * 32), bk >= k
         if bk > 2 * k or (whole and stages > 1) or not 16 <= elements <= 128 or (k % bk and not whole):
             continue
@@ -72,7 +73,7 @@ def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
     """Rings of all of a multiprocessor's shared memory, or of a part, so that the next kernel finds room for its own; no second
     wave unless K is not split."""
     found = []
-    heights = (16, 32, 64, 128) if tokens <= 32 else (16, 32, 64, 128, 256)
+    heights = (16, 32, 64, 128, 256)
     widths = (64, 128, 256) if tokens <= 32 else (64, 128)
     parts = (SHARED, SHARED * 2 // 3, SHARED // 2)
     for n, bk, warps, room in itertools.product(heights, widths, (4, 8), parts):
@@ -105,10 +106,10 @@ def matmul(rows, k, leaves, itemsize, tokens) -> list[schedule.Matmul]:
 
 
 def decode_tiles(rule: Launch, sequences: int, context: int, itemsize: int) -> list[Launch]:
-    """The rule's own launch of decode attention, then ways around it."""
+    """The rule's own launch of decode attention, then ways around it, the nearest first."""
     found, parts = [rule], rule.grid[1]
     row = max(rule.constants["BLOCK_K"], rule.constants["BLOCK_J"]) * itemsize
-    for block_n, warps, stages in itertools.product((32, 64, 128, 256), (2, 4, 8), (2, 3, 4)):
+    for block_n, warps, stages in itertools.product((16, 32, 64, 128, 256), (1, 2, 4, 8), (2, 3, 4)):
         shared = 2 * block_n * row * (stages - 1)  # keys and values
         # One token's neighbours are kernels with next to no shared memory: see attention_schedule.
         if shared > (LITTLE - SLACK if sequences == 1 else SHARED) or not 1024 <= block_n * row // warps <= 8192:
@@ -118,4 +119,10 @@ def decode_tiles(rule: Launch, sequences: int, context: int, itemsize: int) -> l
             tile = dict(block_n=block_n, parts=several, chunk=chunk, num_warps=warps, num_stages=stages)
             launch = with_tile(rule.constants, tile, sequences, context, itemsize, MULTIPROCESSORS)
             found += [launch] if launch not in found else []
-    return found
+    return sorted(found, key=lambda launch: distance(launch, rule))
+
+
+def distance(launch: Launch, rule: Launch) -> float:
+    """How many times a launch's tile, warps and parts would have to be doubled or halved, and a stage added, to be the rule's."""
+    sizes = [(one.constants["BLOCK_N"], one.num_warps, one.grid[1], 2**one.num_stages) for one in (launch, rule)]
+    return sum(abs(math.log2(a / b)) for a, b in zip(*sizes, strict=True))
