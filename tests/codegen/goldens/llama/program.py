@@ -25,9 +25,9 @@ def embed_tokens_positions(T, ids, embed_tokens, out0, pos, table, out1, out2):
 
 def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
     if T == 1:
-        kernels.q_k_v_proj_gemv[(triton.cdiv(3072, 1),)](
+        kernels.q_k_v_proj_gemv[(triton.cdiv(3072, 2),)](
             q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache,
-            BLOCK_N=1, BLOCK_K=4096, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=2, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=2, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 8:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(3072, 64), 2)](
             tiles(q_k_v_proj, 4096, 64, 64), tiles(x[:T], 4096, 8, 64), cos, sin, out, k_cache, slots, v_cache,
@@ -111,7 +111,7 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
     if T == 1:
         kernels.o_proj_gemv[(triton.cdiv(4096, 4),)](
             o_proj, attended, x, out,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=3, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=2, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 1)](
             tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 16, 128), x, out, partial, arrivals, T,
@@ -160,7 +160,7 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(14336, 1),)](
             gate_up_proj, x, out,
-            BLOCK_N=1, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=1, BLOCK_K=2048, STAGES=3, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 8:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(14336, 64), 1)](
             tiles(gate_up_proj, 4096, 64, 256), tiles(x[:T], 4096, 8, 256), out, partial, arrivals, T,
@@ -216,9 +216,9 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
 
 def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
     if T == 1:
-        kernels.down_proj_gemv[(triton.cdiv(4096, 4),)](
+        kernels.down_proj_gemv[(triton.cdiv(4096, 1),)](
             down_proj, x, x_2, out,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=1, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 8:
         kernels.down_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(4096, 64), 2)](
             tiles(down_proj, 14336, 64, 256), tiles(x[:T], 14336, 8, 256), x_2, out, partial, arrivals, T,
@@ -270,19 +270,19 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
 
 def lm_head(m, b, N, lm_head, rows, x, out, partial, arrivals):
     if N == 1:
-        kernels.lm_head_gemv[(triton.cdiv(128256, 2),)](
+        kernels.lm_head_gemv[(triton.cdiv(128256, 1),)](
             lm_head, rows, x, out,
-            BLOCK_N=2, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=1, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=2, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(128256, 64), 1)](
             tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 16, 128), out, partial, arrivals, N,
             BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40,
             PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 17 <= N <= 32:
-        kernels.lm_head_stream[(triton.cdiv(N, 32) * triton.cdiv(128256, 128), 1)](
-            tiles(lm_head, 4096, 128, 128), tiles(m.picked(x, b), 4096, 32, 128), out, partial, arrivals, N,
-            BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=48,
-            PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
+        kernels.lm_head_stream[(triton.cdiv(N, 32) * triton.cdiv(128256, 256), 1)](
+            tiles(lm_head, 4096, 256, 128), tiles(m.picked(x, b), 4096, 32, 128), out, partial, arrivals, N,
+            BLOCK_M=32, BLOCK_N=256, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=48,
+            PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= N <= 64:
         kernels.lm_head_stream[(triton.cdiv(N, 64) * triton.cdiv(128256, 256), 1)](
             tiles(lm_head, 4096, 256, 64), tiles(m.picked(x, b), 4096, 64, 64), out, partial, arrivals, N,

@@ -25,9 +25,9 @@ def embed_tokens_positions(T, ids, embed_tokens, out0, pos, table, out1, out2):
 
 def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
     if T == 1:
-        kernels.q_k_v_proj_gemv[(triton.cdiv(3072, 1),)](
+        kernels.q_k_v_proj_gemv[(triton.cdiv(3072, 2),)](
             q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache,
-            BLOCK_N=1, BLOCK_K=4096, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=2, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=2, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 8:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(3072, 64), 2)](
             tiles(q_k_v_proj, 4096, 64, 64), tiles(x[:T], 4096, 8, 64), cos, sin, out, k_cache, slots, v_cache,
@@ -111,7 +111,7 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
     if T == 1:
         kernels.o_proj_gemv[(triton.cdiv(4096, 4),)](
             o_proj, attended, x, out,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=3, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=2, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 1)](
             tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 16, 128), x, out, partial, arrivals, T,
@@ -160,7 +160,7 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(14336, 1),)](
             gate_up_proj, x, out,
-            BLOCK_N=1, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=1, BLOCK_K=2048, STAGES=3, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 8:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(14336, 64), 1)](
             tiles(gate_up_proj, 4096, 64, 256), tiles(x[:T], 4096, 8, 256), out, partial, arrivals, T,
@@ -216,9 +216,9 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
 
 def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
     if T == 1:
-        kernels.down_proj_gemv[(triton.cdiv(4096, 4),)](
+        kernels.down_proj_gemv[(triton.cdiv(4096, 1),)](
             down_proj, x, x_2, out,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=1, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 8:
         kernels.down_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(4096, 64), 2)](
             tiles(down_proj, 14336, 64, 256), tiles(x[:T], 14336, 8, 256), x_2, out, partial, arrivals, T,

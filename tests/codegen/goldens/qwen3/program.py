@@ -105,7 +105,7 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
     if T == 1:
         kernels.o_proj_gemv[(triton.cdiv(4096, 4),)](
             o_proj, attended, x, out,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=3, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=2, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 1)](
             tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 16, 128), x, out, partial, arrivals, T,
