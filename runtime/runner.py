@@ -81,32 +81,36 @@ class Runner:
         planned = [item.sequence for item in plan.work]
         if len(planned) == len(self.seated) and all(sequence.row is not None for sequence in planned):
             return
-        stay = set(map(id, planned))
-        for row in reversed(range(len(self.seated))):
-            if self.seated[row].row != row or id(self.seated[row]) not in stay:
-                self._leave(row)
-        for sequence in planned:
-            if sequence.row is None:
-                sequence.row = len(self.seated)
-                self.seated.append(sequence)
-                self.tabled[sequence.row] = 0
-                self.sampling.seat(sequence.row, sequence, self._upload)
+        self._close_gaps(set(map(id, planned)))
+        first, new = len(self.seated), [sequence for sequence in planned if sequence.row is None]
+        for row, sequence in enumerate(new, first):
+            sequence.row, self.tabled[row] = row, 0
+        self.seated += new
+        if new:
+            self.sampling.seat(range(first, len(self.seated)), new, self._upload)
         self.variant = Variant.covering(sequence.params.variant for sequence in self.seated)
 
-    def _leave(self, row):
-        """Free a row; the last row takes its place."""
-        gone, last = self.seated[row], len(self.seated) - 1
-        if gone.row == row:
-            gone.row = None
-        if row != last:
-            self.seated[row] = self.seated[last]
-            self.seated[row].row = row
-            self.tabled[row] = self.tabled[last]
-            self.buffers.move(last, row)
-            self.sampling.move(last, row)
-        self.seated.pop()
-        self.buffers.clear(last)
-        self.sampling.clear(last)
+    def _close_gaps(self, stay):
+        """Free the rows of all but the sequences whose ids are in `stay`; the last rows take their places, all in one move."""
+        before, came_from = len(self.seated), list(range(len(self.seated)))
+        for row in reversed(range(before)):
+            gone = self.seated[row]
+            if gone.row == row and id(gone) in stay:
+                continue
+            if gone.row == row:
+                gone.row = None
+            last, source = self.seated.pop(), came_from.pop()
+            if last is not gone:
+                self.seated[row], came_from[row], last.row = last, source, row
+        moved = [(source, row) for row, source in enumerate(came_from) if source != row]
+        if moved:
+            sources, targets = self._upload(np.array(moved, np.int64).T.copy())
+            self.buffers.move(sources, targets)
+            self.sampling.move(sources, targets)
+        self.tabled[: len(came_from)] = [self.tabled[source] for source in came_from]
+        if len(self.seated) < before:
+            self.buffers.clear(slice(len(self.seated), before))
+            self.sampling.clear(slice(len(self.seated), before))
 
     def _extend_tables(self):
         """Send the blocks that sequences got since the last step."""

@@ -22,17 +22,14 @@ class SamplingState:
         self.ints = torch.zeros(num_rows, len(INTS) + STOPS, dtype=torch.int32, device=device)
         self.wide: dict[str, torch.Tensor] = {}
 
-    def seat(self, row: int, sequence: Sequence, upload) -> None:
-        """Write the parameters of the sequence that now has `row`.  upload: numpy array -> device tensor."""
-        params = sequence.params
-        floats = (params.temperature, params.top_p, params.min_p, params.repetition_penalty, params.presence_penalty,
-                  params.frequency_penalty)
-        stops = list(sequence.stops)[:STOPS]
-        ints = (max(params.top_k, 0), *seed_words(sequence.seed), sequence.min_length, *stops, *[-1] * (STOPS - len(stops)))
-        self.floats[row] = upload(np.array(floats, np.float32))
-        self.ints[row] = upload(np.array(ints, np.int32))
-        if params.variant.adjusted:
-            self._seat_wide(row, sequence, upload)
+    def seat(self, rows: range, sequences: list[Sequence], upload) -> None:
+        """Write the parameters of the sequences that now have `rows`.  upload: numpy array -> device tensor."""
+        at = upload(np.array(rows, np.int64))
+        self.floats[at] = upload(np.array([_floats(sequence) for sequence in sequences], np.float32))
+        self.ints[at] = upload(np.array([_ints(sequence) for sequence in sequences], np.int32))
+        for row, sequence in zip(rows, sequences, strict=True):
+            if sequence.params.variant.adjusted:
+                self._seat_wide(row, sequence, upload)
 
     def _seat_wide(self, row, sequence, upload):
         if not self.wide:
@@ -48,10 +45,10 @@ class SamplingState:
             tokens, values = zip(*sequence.params.logit_bias.items(), strict=True)
             bias[upload(np.array(tokens, np.int64))] = upload(np.array(values, np.float32))
 
-    def move(self, source: int, target: int) -> None:
-        """Give row `source`'s parameters to row `target`."""
+    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Give the parameters of some rows to others, all at once.  Both int64 [n]."""
         for tensor in (self.floats, self.ints, *self.wide.values()):
-            tensor[target] = tensor[source]
+            tensor[targets] = tensor[sources]
 
     def clear(self, row: int | slice) -> None:
         """Nobody has the row: neutral, whatever the others ask for."""
@@ -73,3 +70,16 @@ class SamplingState:
         """Note the tokens that were generated.  rows int64 [R], tokens int32 [R], alive bool [R]."""
         at = rows * self.vocab_size + tokens.clamp(min=0)
         self.wide["counts"].view(-1).scatter_add_(0, at, alive.int())
+
+
+def _floats(sequence):
+    """The row of FLOATS."""
+    p = sequence.params
+    return p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty
+
+
+def _ints(sequence):
+    """The row of INTS, then the tokens that end the sequence."""
+    stops = list(sequence.stops)[:STOPS]
+    k = max(sequence.params.top_k, 0)
+    return k, *seed_words(sequence.seed), sequence.min_length, *stops, *[-1] * (STOPS - len(stops))

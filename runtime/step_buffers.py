@@ -70,10 +70,10 @@ class StepBuffers:
         column = (positions // self.block_size).clamp(max=self.tables.shape[1] - 1)
         return self.tables[rows.long(), column.long()].long() * self.block_size + positions % self.block_size
 
-    def move(self, source: int, target: int) -> None:
-        """Give row `source`'s place to row `target`."""
+    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Give the places of some rows to others, all at once.  Both int64 [n]."""
         for tensor in (self.ids, self.positions, self.context_lens, self.slots, self.tables):
-            tensor[target] = tensor[source]
+            tensor[targets] = tensor[sources]
 
     def clear(self, row: int | slice) -> None:
         """Make a row padding."""

@@ -64,8 +64,8 @@ def test_a_step_ends_the_same_in_torch_and_in_triton(kind):
         buffers.begin(torch.arange(20, device=device), torch.arange(20, dtype=torch.int32, device=device), lengths.to(device))
         buffers.clear(3)
         state = SamplingState(20, 5000, torch.device(device))
-        for row in range(20):
-            state.seat(row, Sequence([1], params, 9, seed=row), lambda array: torch.from_numpy(array).to(device))
+        sequences = [Sequence([1], params, 9, seed=row) for row in range(20)]
+        state.seat(range(20), sequences, lambda array: torch.from_numpy(array).to(device))
         return buffers, state
 
     pairs, ties = [filled("cpu"), filled("cuda")], 0
@@ -104,8 +104,8 @@ def test_draw_is_the_same_in_torch_and_in_triton(vocab_size):
         tokens = []
         for device in ("cpu", "cuda"):
             state = SamplingState(len(params), vocab_size, torch.device(device))
-            for row, each in enumerate(params):
-                state.seat(row, Sequence([1], each, 9, seed=row), lambda array, device=device: torch.from_numpy(array).to(device))
+            sequences = [Sequence([1], each, 9, seed=row) for row, each in enumerate(params)]
+            state.seat(range(len(params)), sequences, lambda array, device=device: torch.from_numpy(array).to(device))
             positions = torch.full((len(params),), step, dtype=torch.int32, device=device)
             tokens.append(sample(logits.to(device), state.select(slice(None), False), positions, variant).tokens.cpu())
         assert tokens[0][-1] == tokens[1][-1] == -1 and tokens[0][0] == tokens[1][0]

@@ -1,5 +1,7 @@
 """LLM over a small program in plain torch: a request gets the same answer in any batch, however it is cut into steps."""
 
+import dataclasses
+
 import pytest
 import torch
 from fake_program import FakeProgram
@@ -92,6 +94,18 @@ def test_sequences_come_and_go(alone):
     for index, output in enumerate(outputs):
         assert output.outputs[0].token_ids == alone[0][index][0][: 3 + 3 * index]
     assert max(count for count, _ in llm.program.steps) == 3
+
+
+@pytest.mark.parametrize("short", [(0, 2, 3), (1, 4, 5), (0, 1, 2, 3, 4)])
+def test_several_leave_at_once(short, alone):
+    """The last rows take the places of those that end in the same step, with their parameters; others follow."""
+    llm = make(max_num_seqs=6)
+    for kind in (1, 3):  # the latter has counts as wide as the vocabulary
+        params = [dataclasses.replace(KINDS[kind], max_tokens=4 if index in short else 12) for index in range(len(PROMPTS))]
+        outputs = llm.generate([*PROMPTS, *PROMPTS], [*params, *params])
+        for index, output in enumerate(outputs):
+            which = index % len(PROMPTS)
+            assert output.outputs[0].token_ids == alone[kind][which][0][: params[which].max_tokens]
 
 
 def test_logits_are_what_generation_sees(alone):

@@ -42,10 +42,11 @@ def draw(logits, params, *, positions=None, prompt=(), generated=(), stops=(), s
     """Sample rows that share parameters, through the state the runner keeps."""
     params = params if isinstance(params, list) else [params] * len(logits)
     state = SamplingState(len(logits), logits.shape[1], torch.device("cpu"))
-    for row, each in enumerate(params):
-        sequence = Sequence(list(prompt), each, 99, dict.fromkeys(stops), seed=seeds[row] if seeds else row)
+    sequences = [Sequence(list(prompt), each, 99, dict.fromkeys(stops), seed=seeds[row] if seeds else row)
+                 for row, each in enumerate(params)]  # fmt: skip
+    for sequence in sequences:
         sequence.tokens += generated
-        state.seat(row, sequence, torch.from_numpy)
+    state.seat(range(len(params)), sequences, torch.from_numpy)
     variant = Variant.covering(each.variant for each in params)
     positions = torch.arange(len(logits), dtype=torch.int32) if positions is None else positions
     return sample(logits, state.select(slice(None), variant.adjusted), positions, variant)
