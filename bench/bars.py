@@ -45,7 +45,7 @@ def decode():
             if key in FAST:
                 yield f"{name}: ms a token", case["tpot_ms"], FAST[key], False
             else:
-                mean, step = f"mean {case['mean_ms']:.3f}", f"a step {case['step_ms']:.3f}"
+                mean, step = f"mean {case['mean_ms']:.3f}, slowest {case['slowest_ms']:.3f}", f"a step {case['step_ms']:.3f}"
                 took = f"{case['tpot_ms']:.3f} ms; {mean}; {step}; {case['read_GBps']:.0f} GB/s read"
                 took += f"; {case['clock_MHz']:.0f} MHz, {case['power_W']:.0f} W" if case["clock_MHz"] else ""
                 yield f"{name}: share ({took})", case["share"], DECODE[key], True

@@ -3,6 +3,7 @@
     tpot_ms      from one step that gives every sequence a token to the next, the median: by the clock on the wall, when
                  `generate` is handed a step's tokens, with scheduling and sampling
     mean_ms      the mean of the same, with the host's pauses and with steps that the prompts before them slow down
+    slowest_ms   the longest of them
     tok_s        tokens a second, of all sequences, by mean_ms
     step_ms      a replay of the engine's own captured step (forward, sample, advance), by events on the device
     bytes        what a step must read: every weight once, and each sequence's history, halfway through those steps
@@ -68,7 +69,7 @@ def bench_decode(models: list[str], batches: list[int], contexts: list[int], *, 
                     ended = time.perf_counter()
                 moved = decode_bytes(compiled, batch, halfway)
                 cases.append(case(name, batch, context, timed.tpot_ms, timed.mean_ms, step, moved, read)
-                             | clock.between(timed.began, timed.ended)
+                             | {"slowest_ms": round(timed.slowest_ms, 4)} | clock.between(timed.began, timed.ended)
                              | {f"step_{key}": value for key, value in clock.between(began, ended).items()})
                 share = cases[-1]["share"]
                 took = f"{timed.tpot_ms:.3f} ms a token, {step:.3f} ms a step"
@@ -79,11 +80,12 @@ def bench_decode(models: list[str], batches: list[int], contexts: list[int], *, 
 
 
 class Timed(NamedTuple):
-    """Milliseconds from step to step by the wall, the median and the mean; tokens that a sequence had halfway, on average; when
-    the steps began and ended, by time.perf_counter."""
+    """Milliseconds from step to step by the wall, the median, the mean and the longest; tokens that a sequence had halfway, on
+    average; when the steps began and ended, by time.perf_counter."""
 
     tpot_ms: float
     mean_ms: float
+    slowest_ms: float
     had: float
     began: float
     ended: float
@@ -135,7 +137,7 @@ def time_per_token(llm, batch: int, context: int, count: int) -> Timed:
     clocks = [clock for clock, _ in seen[first : last + 1]]
     took = [(after - before) * 1e3 for before, after in itertools.pairwise(clocks)]
     given = [sum(tokens for _, tokens in seen[: number + 1]) for number in (first, last)]
-    return Timed(statistics.median(took), statistics.mean(took), sum(given) / 2 / batch, clocks[0], clocks[-1])
+    return Timed(statistics.median(took), statistics.mean(took), max(took), sum(given) / 2 / batch, clocks[0], clocks[-1])
 
 
 def step_milliseconds(llm, batch: int, context: int) -> float:
