@@ -2,7 +2,8 @@
 
 First each kernel alone: a candidate is launched as the model would, over all layers' weights, in one CUDA graph with dependent
 launch, and is timed only if its results agree with those of the others. Then the whole step: kernels overlap their neighbours,
-so the fastest alone need not be the fastest together. The best few of each kernel take turns in a captured decode step.
+so the fastest alone need not be the fastest together. The best few of each kernel take turns in a captured decode step, and
+launches of decode attention with them, if their results agree with those of the one in use.
 
 Candidates are compiled in parallel processes first.
 """
@@ -38,6 +39,7 @@ from fusec.runtime.tiles import tiles as in_tiles
 FEW = {"gemv": 24, "skinny": 24}  # of a kernel's candidates that are tried in the whole step
 ALONE = 0.6  # of the budget for kernels alone; the rest is for whole steps
 LEAST = 0.2  # seconds that are left to each kernel still to be measured alone
+TOLERANCE = 2e-2  # by how much results may differ, of their norm
 CONTEXT = 560  # tokens of history of a step that is measured: no whole number of tiles, as most histories are
 PAGE = 16
 PAGES = CONTEXT // PAGE + 1
@@ -156,7 +158,8 @@ class Tuner:
                 used = {name: next((o for _, o in rows if o.tiles == tiles[name]), rows[0][1]) for name, rows in found.items()}
                 now = time.monotonic()
                 deadline = now + (start + budget - now) / left
-                choice, launch, ms = self.together(few, attention[form, tokens], tokens, deadline, used)
+                launches = self.agreeing(attention[form, tokens], tokens)
+                choice, launch, ms = self.together(few, launches, tokens, deadline, used)
                 bandwidth = decode_bytes(self.program.compiled, tokens, CONTEXT + 1) / ms / 1e6
                 tell("the whole step", form, tokens, ms * 1e3, f"{bandwidth / self.read:.1%} of {self.read:.0f} GB/s")
                 if launch:
@@ -251,6 +254,42 @@ class Tuner:
             found.append((tiles, self.pool.submit(warm, job)))
         return found
 
+    def agreeing(self, attention: list[tuple], tokens: int) -> list[tuple]:
+        """The launches of decode attention that compile, and whose results agree with those of the first, the one in use."""
+        if not attention:
+            return []
+        (function,) = (f for f in self.module.functions if f.kernel.attrs["kind"] == "attention")
+        values = self.values(function, next(n for n in self.module.launches if n.function == function.name), self.batch(tokens))
+        self.fill_buffers(tokens)
+        space, reference, found = vars(self.program.program), None, []
+        real = space["decode_launch"]
+        try:
+            for launch, future in attention:
+                if future.result() is not None:
+                    continue
+                space["decode_launch"] = lambda *_, launch=launch, **__: launch
+                values["out"][:tokens] = torch.nan
+                try:
+                    space[function.name](*values.values())
+                    result = values["out"][:tokens].to("cpu", torch.float32, copy=True)
+                except Exception as error:  # noqa: BLE001  out of resources: no candidate
+                    self.say(f"{function.name} {launch}: {repr(error)[:100]}")
+                    continue
+                reference = result if reference is None else reference
+                if (result - reference).norm() <= TOLERANCE * reference.norm():
+                    found.append((launch, future))
+                else:
+                    self.say(f"{function.name} {launch}: wrong result, left out")
+        finally:
+            space["decode_launch"] = real
+        return found
+
+    def fill_buffers(self, tokens: int) -> None:
+        """What a step leaves in its buffers, random."""
+        for buffer in self.module.buffers:
+            tensor = getattr(self.program, buffer)
+            tensor[:tokens].normal_() if tensor.is_floating_point() else tensor.zero_()
+
     def time(self, run: Callable) -> float:
         """Median µs of `run` as a CUDA graph: a few replays, since thousands are timed."""
         return microseconds(run, self.program.device, rounds=5, at_least=0.0)
@@ -310,9 +349,7 @@ class Tuner:
         launches = [n for n in self.module.launches if n.function == function.name]
         calls = [self.values(function, launch, batch) for launch in launches * (3 if len(launches) == 1 else 1)]
         results = [p.removesuffix("_ptr") for p, role in self.source(function, "gemv").roles.items() if role[0] == "output"]
-        for buffer in self.module.buffers:
-            tensor = getattr(self.program, buffer)
-            tensor[:tokens].normal_() if tensor.is_floating_point() else tensor.zero_()
+        self.fill_buffers(tokens)
         state = self.program.arena.clone()  # launches write over one another's inputs
         reference, ranked = None, []
         for option, future in zip(options, futures, strict=True):
@@ -331,7 +368,7 @@ class Tuner:
                 self.say(f"{function.name} {option.tiles}: {repr(error)[:100]}")
                 continue
             reference = result if reference is None else reference
-            if not (result - reference).norm() <= 2e-2 * reference.norm():
+            if not (result - reference).norm() <= TOLERANCE * reference.norm():
                 self.say(f"{function.name} {option.tiles}: wrong result, left out")
                 continue
             us = self.time(lambda option=option: [self.launch(function, option, tokens, values) for values in calls])

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fusec import tune
 from fusec.codegen import schedule
@@ -55,6 +56,29 @@ def test_what_is_fastest_together_wins():
     choice, launch, ms = search.together(FEW, LAUNCHES, 1, time.monotonic() + 60)
     assert (choice, launch, ms) == ({"qkv": "b", "o": "y"}, "small", 6)
     assert not any(trial[ATTENTION] == "broken" for trial in search.tried)
+
+
+def test_attention_that_is_wrong_or_fails_is_no_candidate():
+    """The first launch is what the others are held to; the program's own way to choose one is put back."""
+    results = {"rule": 1.0, "like it": 1.001, "wrong": 1.1, "nan": torch.nan}
+
+    def attention(m, out):
+        launch = program.program.decode_launch(8, pdl=True)
+        if launch == "too large":
+            raise RuntimeError("out of resource: shared memory")
+        out.fill_(results[launch])
+
+    own = lambda *_, **__: "rule"  # noqa: E731
+    program = SimpleNamespace(program=SimpleNamespace(decode_launch=own, attention=attention), x=torch.zeros(8, 4))
+    function = SimpleNamespace(name="attention", kernel=SimpleNamespace(attrs={"kind": "attention"}))
+    search, said = Tuner.__new__(Tuner), []
+    search.program, search.say = program, said.append
+    search.module = SimpleNamespace(functions=[function], launches=[SimpleNamespace(function="attention")], buffers=["x"])
+    search.batch, search.values = lambda tokens: None, lambda *_: {"m": None, "out": torch.empty(8, 2, 3)}
+    launches = [(name, done(None)) for name in (*results, "too large")] + [("broken", done("it does not compile"))]
+    assert [name for name, _ in search.agreeing(launches, 4)] == ["rule", "like it"]
+    assert program.program.decode_launch is own and len(said) == 3
+    assert search.agreeing([], 4) == []
 
 
 def test_what_is_less_than_the_noise_changes_nothing_and_what_is_more_does():

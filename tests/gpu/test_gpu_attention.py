@@ -1,5 +1,9 @@
-"""Paged decode attention on the GPU against float64: lengths of every kind in one batch, and any way to share their work out."""
+"""Paged decode attention on the GPU against float64: lengths of every kind in one batch, and any way to share their work out; and
+every row of the tile tables.
+"""
 
+import json
+import random
 import sys
 from pathlib import Path
 
@@ -33,3 +37,35 @@ def test_skewed_lengths(kind, heads):
         assert lab.error(first, want) < 5e-3, (chunk, launch)
         again = lab.run_decode(fn, case, launch, scratch)  # finds the counters as the first left them, and adds in its order
         assert torch.equal(first.nan_to_num(), again.nan_to_num()) and not scratch[2].any()
+
+
+def rows_of_tables():
+    """(G, R, K, J, row) of every table, each once."""
+    from fusec.codegen import schedule
+
+    found = {}
+    for path in sorted(schedule.TABLES.glob("*.json")):
+        for key, rows in json.loads(path.read_text()).items():
+            form, *sizes = key.split()
+            if form == "decode":
+                found |= {(*sizes, *row.values()): (*map(int, sizes[:4]), row) for row in rows}
+    return list(found.values())
+
+
+@pytest.mark.parametrize("G, R, K, J, row", rows_of_tables(), ids=str)
+def test_every_row_of_the_tables(G, R, K, J, row):
+    import attention_lab as lab
+
+    from fusec.codegen.attention_schedule import decode_launch, decode_row, with_tile
+
+    sequences, longest = row["sequences"], row["context"]
+    pick = random.Random(repr(row))
+    context, score, keep = lab.KINDS["causal"]
+    fn = lab.kernel("decode", **context)
+    for most in (40, longest):  # no program's share, and all that it is for
+        lengths = [pick.randint(1, most) for _ in range(sequences - 1)] + [most]
+        case = lab.make_case(lengths, G=G, R=R, K=K, J=J, page=16)
+        constants = decode_launch(sequences, longest, **case.shape, pdl=True).constants
+        launch = with_tile(constants, row, sequences, longest, 2)
+        assert decode_row(launch, sequences, longest, 2)[1] == row
+        assert lab.error(lab.run_decode(fn, case, launch), lab.reference(case, score, keep)) < 5e-3, launch
