@@ -10,6 +10,7 @@ Candidates are compiled in parallel processes first.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -36,7 +37,7 @@ from fusec.codegen.module import preamble
 from fusec.runtime.batch import Batch
 from fusec.runtime.tiles import tiles as in_tiles
 
-FEW = {"gemv": 24, "skinny": 24}  # of a kernel's candidates that are tried in the whole step
+FEW = 24  # of a kernel's candidates that are tried in the whole step
 ALONE = 0.6  # of the budget for kernels alone; the rest is for whole steps
 LEAST = 0.2  # seconds that are left to each kernel still to be measured alone
 TOLERANCE = 2e-2  # by how much results may differ, of their norm
@@ -153,7 +154,7 @@ class Tuner:
             found = ranked[form, tokens]
             choice = {name: rows[0][1] for name, rows in found.items()}
             if choice and form != "matmul":
-                few = {name: [option for _, option in rows[: FEW[form]]] for name, rows in found.items()}
+                few = {name: [option for _, option in rows[:FEW]] for name, rows in found.items()}
                 tiles = {f.name: self.used(f, form, tokens) for f in self.contractions}
                 used = {name: next((o for _, o in rows if o.tiles == tiles[name]), rows[0][1]) for name, rows in found.items()}
                 now = time.monotonic()
@@ -179,6 +180,23 @@ class Tuner:
     def read(self) -> float:
         """GB/s that this GPU reads."""
         return read_bandwidth(self.program.device)
+
+    @functools.cached_property
+    def attention(self):
+        """The function of decode attention, where a model has one kernel of it."""
+        found = [f for f in self.module.functions if f.kernel.attrs["kind"] == "attention"]
+        return found[0] if len(found) == 1 else None
+
+    @contextlib.contextmanager
+    def standing_in(self, trial: dict[str, Callable]):
+        """The program's own names as in `trial`."""
+        space = vars(self.program.program)
+        real = {name: space[name] for name in trial}
+        space.update(trial)
+        try:
+            yield
+        finally:
+            space.update(real)
 
     # ---- candidates --------------------------------------------------------------------------------------------------------
 
@@ -237,10 +255,9 @@ class Tuner:
 
     def warm_attention(self, sequences: int) -> list[tuple]:
         """(launch, future of its compilation) of each way to launch decode attention, where a model has one kernel of it."""
-        functions = [f for f in self.module.functions if f.kernel.attrs["kind"] == "attention"]
-        if len(functions) != 1:
+        function = self.attention
+        if function is None:
             return []
-        (function,) = functions
         source = next(s for s in function.sources if s.form == "decode")
         a, kind = source.facts["attention"], self.module.dtype
         rule = decode_launch(sequences, BUCKET, G=a.G, R=a.R, K=a.K, J=a.J, page=PAGE, itemsize=self.program.dtype.itemsize,
@@ -258,30 +275,26 @@ class Tuner:
         """The launches of decode attention that compile, and whose results agree with those of the first, the one in use."""
         if not attention:
             return []
-        (function,) = (f for f in self.module.functions if f.kernel.attrs["kind"] == "attention")
-        values = self.values(function, next(n for n in self.module.launches if n.function == function.name), self.batch(tokens))
+        name = self.attention.name
+        values = self.values(self.attention, next(n for n in self.module.launches if n.function == name), self.batch(tokens))
         self.fill_buffers(tokens)
-        space, reference, found = vars(self.program.program), None, []
-        real = space["decode_launch"]
-        try:
-            for launch, future in attention:
-                if future.result() is not None:
-                    continue
-                space["decode_launch"] = lambda *_, launch=launch, **__: launch
-                values["out"][:tokens] = torch.nan
-                try:
-                    space[function.name](*values.values())
-                    result = values["out"][:tokens].to("cpu", torch.float32, copy=True)
-                except Exception as error:  # noqa: BLE001  out of resources: no candidate
-                    self.say(f"{function.name} {launch}: {repr(error)[:100]}")
-                    continue
-                reference = result if reference is None else reference
-                if (result - reference).norm() <= TOLERANCE * reference.norm():
-                    found.append((launch, future))
-                else:
-                    self.say(f"{function.name} {launch}: wrong result, left out")
-        finally:
-            space["decode_launch"] = real
+        reference, found = None, []
+        for launch, future in attention:
+            if future.result() is not None:
+                continue
+            values["out"][:tokens] = torch.nan
+            try:
+                with self.standing_in({"decode_launch": lambda *_, launch=launch, **__: launch}):
+                    vars(self.program.program)[name](*values.values())
+                result = values["out"][:tokens].to("cpu", torch.float32, copy=True)
+            except Exception as error:  # noqa: BLE001  out of resources: no candidate
+                self.say(f"{name} {launch}: {repr(error)[:100]}")
+                continue
+            reference = result if reference is None else reference
+            if (result - reference).norm() <= TOLERANCE * reference.norm():
+                found.append((launch, future))
+            else:
+                self.say(f"{name} {launch}: wrong result, left out")
         return found
 
     def fill_buffers(self, tokens: int) -> None:
@@ -411,7 +424,7 @@ class Tuner:
 
     def step(self, choice: dict, tokens: int) -> torch.cuda.CUDAGraph:
         """A decode step: candidates stand in for the kernels of `choice`, a launch for attention's own."""
-        batch, space = self.batch(tokens), vars(self.program.program)
+        batch = self.batch(tokens)
 
         def stand_in(function, option):
             return lambda *values: self.launch(function, option, tokens, dict(zip(function.params, values, strict=True)))
@@ -419,12 +432,8 @@ class Tuner:
         trial = {f.name: stand_in(f, choice[f.name]) for f in self.contractions if f.name in choice}
         if launch := choice[ATTENTION]:
             trial["decode_launch"] = lambda *_, **__: launch
-        real = {name: space[name] for name in trial}
-        space.update(trial)
-        try:
+        with self.standing_in(trial):
             return capture(lambda: self.program.forward(batch), self.program.device)
-        finally:
-            space.update(real)
 
 
 def write_table(table: dict[str, list[dict]], path: Path) -> None:

@@ -92,25 +92,27 @@ class Runner:
 
     def _close_gaps(self, stay):
         """Free the rows of all but the sequences whose ids are in `stay`; the last rows take their places, all in one move."""
-        before, came_from = len(self.seated), list(range(len(self.seated)))
-        for row in reversed(range(before)):
-            gone = self.seated[row]
-            if gone.row == row and id(gone) in stay:
-                continue
-            if gone.row == row:
-                gone.row = None
-            last, source = self.seated.pop(), came_from.pop()
-            if last is not gone:
-                self.seated[row], came_from[row], last.row = last, source, row
-        moved = [(source, row) for row, source in enumerate(came_from) if source != row]
+        kept, before = [], len(self.seated)
+        for row, sequence in enumerate(self.seated):
+            if sequence.row == row and id(sequence) in stay:
+                kept.append(row)
+            elif sequence.row == row:
+                sequence.row = None
+        count = len(kept)
+        if count == before:
+            return
+        moved = [row for row in kept if row >= count]
+        gaps = sorted(set(range(count)).difference(kept))
+        for source, target in zip(moved, gaps, strict=True):
+            self.seated[target], self.tabled[target] = self.seated[source], self.tabled[source]
+            self.seated[target].row = target
+        del self.seated[count:]
         if moved:
-            sources, targets = self._upload(np.array(moved, np.int64).T.copy())
+            sources, targets = self._upload(np.array([moved, gaps], np.int64))
             self.buffers.move(sources, targets)
             self.sampling.move(sources, targets)
-        self.tabled[: len(came_from)] = [self.tabled[source] for source in came_from]
-        if len(self.seated) < before:
-            self.buffers.clear(slice(len(self.seated), before))
-            self.sampling.clear(slice(len(self.seated), before))
+        self.buffers.clear(slice(count, before))
+        self.sampling.clear(slice(count, before))
 
     def _extend_tables(self):
         """Send the blocks that sequences got since the last step."""

@@ -2,7 +2,6 @@
 every row of the tile tables.
 """
 
-import json
 import random
 import sys
 from pathlib import Path
@@ -45,7 +44,7 @@ def rows_of_tables():
 
     found = {}
     for path in sorted(schedule.TABLES.glob("*.json")):
-        for key, rows in json.loads(path.read_text()).items():
+        for key, rows in schedule.table(path.stem).items():
             form, *sizes = key.split()
             if form == "decode":
                 found |= {(*sizes, *row.values()): (*map(int, sizes[:4]), row) for row in rows}
@@ -62,7 +61,7 @@ def test_every_row_of_the_tables(G, R, K, J, row):
     pick = random.Random(repr(row))
     context, score, keep = lab.KINDS["causal"]
     fn = lab.kernel("decode", **context)
-    for most in (40, longest):  # no program's share, and all that it is for
+    for most in (40, longest):  # less than a program's share, and all that the row is for
         lengths = [pick.randint(1, most) for _ in range(sequences - 1)] + [most]
         case = lab.make_case(lengths, G=G, R=R, K=K, J=J, page=16)
         constants = decode_launch(sequences, longest, **case.shape, pdl=True).constants
