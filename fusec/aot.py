@@ -98,6 +98,7 @@ def record(compiled, program, target: str) -> list[Variant]:
     import torch
 
     from .runtime.batch import Batch
+    from .runtime.drawing import Drawing, places
     from .runtime.triton_program import TritonProgram
 
     class OnPaper(TritonProgram):
@@ -125,6 +126,14 @@ def record(compiled, program, target: str) -> list[Variant]:
                          query_starts=empty(sequences + 1), context_lens=empty(sequences), block_tables=empty(sequences, TABLE),
                          rows=empty(sequences), max_query=tokens // sequences, max_context=step.context)
 
+        def drawings(self, step: Step) -> list[tuple]:
+            """All ways in which a step may end, as its last arguments."""
+            if not compiled.module.draws or step.tokens > step.sequences:
+                return [()]
+            n, best = step.sequences, places(step.sequences, self.device)
+            heat = self.empty(n, dtype=torch.float32)
+            return [(), *((Drawing(mode, best, heat, self.empty(n), self.empty(n), self.empty(n)),) for mode in (1, 2))]
+
     model, real = OnPaper(), program.kernels
     found: dict[tuple, Variant] = {}
     program.kernels, number = Recorder(real, found), architecture(target)
@@ -132,7 +141,8 @@ def record(compiled, program, target: str) -> list[Variant]:
     try:
         for step in steps(compiled.module):
             program.kernels.step = step
-            program.step(model, model.batch(step))
+            for drawing in model.drawings(step):
+                program.step(model, model.batch(step), *drawing)
     finally:
         program.kernels = real
     return list(found.values())

@@ -35,6 +35,7 @@ from fusec.codegen.contraction import Contraction
 from fusec.codegen.contraction_kernel import contraction
 from fusec.codegen.module import preamble
 from fusec.runtime.batch import Batch
+from fusec.runtime.drawing import NOTHING, Drawing, places
 from fusec.runtime.tiles import tiles as in_tiles
 
 FEW = 24  # of a kernel's candidates that are tried in the whole step
@@ -59,9 +60,10 @@ class Candidate:
     source: object = field(compare=False, repr=False)
 
 
-def constants(form: str, tiles, leaves: int, reductions: int) -> dict:
-    """A contraction kernel's launch constants.  reductions: how many a row it makes."""
-    table = {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "STAGES": tiles.stages}
+def constants(form: str, tiles, leaves: int, reductions: int, draw: int | None = None) -> dict:
+    """A contraction kernel's launch constants.  reductions: how many a row it makes.  draw: mode of a kernel that may draw."""
+    table = {} if draw is None else {"DRAW": draw}
+    table |= {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "STAGES": tiles.stages}
     if form != "gemv":
         table["BLOCK_M"] = tiles.block_m
     if form in ("skinny", "stream"):
@@ -88,12 +90,12 @@ def load_kernels(path: str):
 
 
 def argument(what):
-    """An argument of a kernel that is only compiled: a number, a pointer by its type, or (type, columns, tile) of what is copied
-    in tiles."""
+    """An argument of a kernel that is only compiled: a number, None, a pointer by its type, or (type, columns, tile) of what is
+    copied in tiles."""
     if isinstance(what, tuple):
         kind, columns, block = what
         return in_tiles(torch.empty(1, columns, dtype=getattr(torch, kind), device="meta"), columns, *block)
-    return what if isinstance(what, int) else getattr(torch, what)
+    return getattr(torch, what) if isinstance(what, str) else what
 
 
 def blocks_of(source, sizes: dict) -> dict[str, list[int]]:
@@ -105,11 +107,13 @@ def blocks_of(source, sizes: dict) -> dict[str, list[int]]:
 def warm(job) -> str | None:
     """Compiles one candidate into Triton's cache, in a process of its own. Returns what went wrong, if anything.
 
-    job: path and name of the kernel, its arguments (dtypes by name for pointers), constants, options of the launch."""
-    path, name, arguments, sizes, options = job
+    job: path and name of the kernel, options of the launch, and (arguments, constants) of each variant (dtypes by name for
+    pointers)."""
+    path, name, options, variants = job
     try:
-        arguments = [argument(a) for a in arguments]
-        getattr(load_kernels(path), name).warmup(*arguments, **sizes, **options, grid=(1,))
+        for arguments, sizes in variants:
+            arguments = [argument(a) for a in arguments]
+            getattr(load_kernels(path), name).warmup(*arguments, **sizes, **options, grid=(1,))
         return None
     except Exception as error:  # noqa: BLE001  a candidate that does not compile is no candidate
         return repr(error)[:200]
@@ -125,6 +129,7 @@ class Tuner:
         self.pool = ProcessPoolExecutor(workers or max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn"))
         self.contractions = [f for f in self.module.functions if f.kernel.attrs["kind"] == "contract"]
         self.batches: dict[int, Batch] = {}
+        self.drawings: dict[int, Drawing] = {}  # kept: captured steps write there
 
     @torch.inference_mode()
     def run(self, budget: float, forms=FORMS, on_result=None, tokens=None) -> dict[str, list[dict]]:
@@ -211,7 +216,8 @@ class Tuner:
             kind = (form_of(tiles), bool(parts.k % tiles.block_k), bool(parts.n % tiles.block_n))
             if kind not in files:
                 name = f"{function.name}_{kind[0]}"
-                source = contraction(function.kernel, name, kind[0], [], self.module.dtype, tiles.block_n, tiles.block_k, parts)
+                source = contraction(function.kernel, name, kind[0], [], self.module.dtype, tiles.block_n, tiles.block_k, parts,
+                                     self.source(function, "gemv").facts["draws"])  # fmt: skip
                 path = Path(self.folder.name, f"{name}_{tokens}_{kind[1]:d}{kind[2]:d}.py")
                 path.write_text(preamble(source.text) + "\n\n" + source.text)
                 files[kind] = (str(path), name, source)
@@ -243,15 +249,19 @@ class Tuner:
     def job(self, function, option: Candidate):
         source = option.source
         launch = next(n for n in self.module.launches if n.function == function.name)
-        values = self.values(function, launch, self.batch(1))
-        facts = source.facts
+        facts, variants = source.facts, []
         leaves, reductions = facts["leaves"], facts["reductions"]
-        sizes = constants(option.form, option.tiles, leaves, reductions) | {"PDL": True}
-        blocks = blocks_of(source, sizes)
-        kinds = {p: str(values[p.removesuffix("_ptr")].dtype).removeprefix("torch.") for p in source.roles}
-        pointers = [(kind, facts["k"], blocks[p]) if p in blocks else kind for p, kind in kinds.items()]
+        for drawing in (NOTHING, self.drawing(1)) if facts["draws"] else (NOTHING,):
+            values = self.values(function, launch, self.batch(1), drawing)
+            sizes = constants(option.form, option.tiles, leaves, reductions, values.get("draw")) | {"PDL": True}
+            blocks, pointers = blocks_of(source, sizes), []
+            for pointer in source.roles:
+                value = values[pointer.removesuffix("_ptr")]
+                kind = None if value is None else str(value.dtype).removeprefix("torch.")
+                pointers.append((kind, facts["k"], blocks[pointer]) if pointer in blocks else kind)
+            variants.append(([*pointers, *([33] if option.form != "gemv" else [])], sizes))
         options = {**launch_options(option.form, option.tiles, leaves, reductions), "launch_pdl": True}
-        return option.path, option.name, [*pointers, *([33] if option.form != "gemv" else [])], sizes, options
+        return option.path, option.name, options, variants
 
     def warm_attention(self, sequences: int) -> list[tuple]:
         """(launch, future of its compilation) of each way to launch decode attention, where a model has one kernel of it."""
@@ -267,7 +277,7 @@ class Tuner:
             path = Path(self.program.program.__file__).with_name("kernels.py")
             pointers = [kind] * 3 + ["int32"] * 2 + [kind, "float32", "float32", "int32", *source.facts["heads"]]
             strides = [max(sequences, 2), a.G * a.R * a.K, self.batch(1).block_tables.stride(0)]
-            job = (str(path), source.name, [*pointers, *strides], tiles.constants, tiles.options)
+            job = (str(path), source.name, tiles.options, [([*pointers, *strides], tiles.constants)])
             found.append((tiles, self.pool.submit(warm, job)))
         return found
 
@@ -327,11 +337,20 @@ class Tuner:
             )  # fmt: skip
         return self.batches[tokens]
 
-    def values(self, function, launch, batch) -> dict:
+    def drawing(self, tokens: int) -> Drawing:
+        """As a step of greedy rows has it, where the program draws."""
+        if not self.program.draws:
+            return NOTHING
+        if tokens not in self.drawings:
+            ints = torch.zeros(tokens, dtype=torch.int32, device=self.program.device)
+            self.drawings[tokens] = Drawing(1, places(tokens, ints.device), ints.float(), ints, ints, ints)
+        return self.drawings[tokens]
+
+    def values(self, function, launch, batch, drawing=NOTHING) -> dict:
         """Parameter -> argument of one launch."""
         tokens, p = batch.ids.shape[0], self.program
-        logits = p._take("logits", tokens * p.vocab_size, torch.float32).view(tokens, p.vocab_size)
-        scope = {"m": p, "w": p.weights, "c": p.caches, "b": batch, "T": tokens, "N": tokens, "logits": logits}
+        logits = None if drawing.mode else p._take("logits", tokens * p.vocab_size, torch.float32).view(tokens, p.vocab_size)
+        scope = {"m": p, "w": p.weights, "c": p.caches, "b": batch, "d": drawing, "T": tokens, "N": tokens, "logits": logits}
         arguments = (eval(text, scope) for text in launch.arguments)  # our own generated text
         return dict(zip(function.params, arguments, strict=True))
 
@@ -339,7 +358,7 @@ class Tuner:
         """Launches a candidate in the place of `function`. values: parameter of the launch function -> argument."""
         source, t = option.source, option.tiles
         leaves, reductions = source.facts["leaves"], source.facts["reductions"]
-        sizes = constants(option.form, t, leaves, reductions)
+        sizes = constants(option.form, t, leaves, reductions, values.get("draw"))
         blocks = -(-source.facts["rows"] // t.block_n)
         if option.form == "gemv":
             grid = (blocks,)
@@ -432,8 +451,9 @@ class Tuner:
         trial = {f.name: stand_in(f, choice[f.name]) for f in self.contractions if f.name in choice}
         if launch := choice[ATTENTION]:
             trial["decode_launch"] = lambda *_, **__: launch
+        drawing = self.drawing(tokens)
         with self.standing_in(trial):
-            return capture(lambda: self.program.forward(batch), self.program.device)
+            return capture(lambda: self.program.forward(batch, drawing), self.program.device)
 
 
 def write_table(table: dict[str, list[dict]], path: Path) -> None:

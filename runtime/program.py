@@ -17,22 +17,24 @@ from fusec.codegen.schedule import gpu_key
 from fusec.compiler import Compiled
 from fusec.errors import DeviceError, UsageError, UserError
 from fusec.runtime.batch import Batch
+from fusec.runtime.drawing import NOTHING, Drawing
 from fusec.runtime.program_cache import compile_once
 
 
 class Program(Protocol):
     """What the engine drives.  cache_bytes_per_token: over all layers.  supports_graphs: `forward` may be captured in a CUDA
-    graph."""
+    graph.  draws: it may be given a Drawing, and then finds tokens instead of logits."""
 
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
     cache_bytes_per_token: int
     supports_graphs: bool
+    draws: bool
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> None: ...
 
-    def forward(self, batch: Batch) -> torch.Tensor: ...
+    def forward(self, batch: Batch, drawing: Drawing = NOTHING) -> torch.Tensor | None: ...
 
 
 def load_program(

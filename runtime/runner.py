@@ -146,11 +146,20 @@ class Runner:
         """Forward, sample, advance, of the first `count` rows. A CUDA graph holds all of it: nothing here may wait."""
         buffers = self.buffers
         batch = buffers.batch(count, max_context)
-        logits = self.program.forward(batch)
-        result = sample(logits, self.sampling.select(slice(count), variant.adjusted), batch.context_lens, variant, buffers)
+        params = self.sampling.select(slice(count), variant.adjusted)
+        if self.program.draws and variant.plain and count > 1:  # what one row stores is little, and meeting in its places is not
+            return SampleResult(self._draw(batch, params, variant))
+        result = sample(self.program.forward(batch), params, batch.context_lens, variant, buffers)
         if variant.adjusted:  # moving on has left it as it was whether a row is anybody's
             self.sampling.count(buffers.rows[:count].long(), result.tokens, batch.context_lens > 0)
         return result
+
+    def _draw(self, batch, params, variant):
+        """As `sample` of the logits, which are never in memory."""
+        from fusec.runtime.draw import drawing_of, settle
+
+        self.program.forward(batch, drawing_of(params, batch.context_lens, self.buffers, draws=variant.mode > 0))
+        return settle(self.buffers.best, len(batch.rows), self.buffers)
 
     def _mixed(self, plan):
         """Prefill chunks, together with sequences that decode."""

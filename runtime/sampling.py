@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 
 from fusec.errors import UsageError
+from fusec.runtime.drawing import GREEDY_BELOW
 from fusec.runtime.step_buffers import StepBuffers
 
-GREEDY_BELOW = 1e-5  # a smaller temperature is greedy
 MAX_LOGPROBS = 20
 MAX_STOP_TOKENS = 48
 
@@ -132,6 +132,11 @@ class Variant(NamedTuple):
     mode: int = 0
     adjusted: bool = False
     logprobs: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether a row's token is the best of its logits, or of their sum with noise, and nothing else is wanted of them."""
+        return self.mode < 2 and not self.adjusted and not self.logprobs
 
     @staticmethod
     def covering(variants) -> Variant:

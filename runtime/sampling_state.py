@@ -14,19 +14,20 @@ STOPS = 64  # columns of SamplingTensors.stops
 
 
 class SamplingState:
-    """SamplingTensors of all rows. What is as wide as the vocabulary is allocated when the first sequence needs it."""
+    """SamplingTensors of all rows, each field by itself. What is as wide as the vocabulary is allocated when the first sequence
+    needs it."""
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device):
         self.num_rows, self.vocab_size, self.device = num_rows, vocab_size, device
-        self.floats = torch.zeros(num_rows, len(FLOATS), device=device)  # temperature 0: rows nobody has are greedy
-        self.ints = torch.zeros(num_rows, len(INTS) + STOPS, dtype=torch.int32, device=device)
+        self.floats = torch.zeros(len(FLOATS), num_rows, device=device)  # temperature 0: rows nobody has are greedy
+        self.ints = torch.zeros(len(INTS) + STOPS, num_rows, dtype=torch.int32, device=device)
         self.wide: dict[str, torch.Tensor] = {}
 
     def seat(self, rows: range, sequences: list[Sequence], upload) -> None:
         """Write the parameters of the sequences that now have `rows`.  upload: numpy array -> device tensor."""
         at = upload(np.array(rows, np.int64))
-        self.floats[at] = upload(np.array([_floats(sequence) for sequence in sequences], np.float32))
-        self.ints[at] = upload(np.array([_ints(sequence) for sequence in sequences], np.int32))
+        self.floats[:, at] = upload(np.array([_floats(sequence) for sequence in sequences], np.float32)).T
+        self.ints[:, at] = upload(np.array([_ints(sequence) for sequence in sequences], np.int32)).T
         for row, sequence in zip(rows, sequences, strict=True):
             if sequence.params.variant.adjusted:
                 self._seat_wide(row, sequence, upload)
@@ -47,23 +48,22 @@ class SamplingState:
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Give the parameters of some rows to others, all at once.  Both int64 [n]."""
-        for tensor in (self.floats, self.ints, *self.wide.values()):
+        for tensor in (self.floats.T, self.ints.T, *self.wide.values()):
             tensor[targets] = tensor[sources]
 
     def clear(self, row: int | slice) -> None:
         """Nobody has the row: neutral, whatever the others ask for."""
-        self.floats[row, 0] = 0
+        self.floats[0, row] = 0
         for tensor in self.wide.values():
             tensor[row] = 0
 
     def select(self, rows: slice | torch.Tensor, adjusted: bool) -> SamplingTensors:
         """The parameters of some rows: views for a slice, copies for an index tensor."""
-        floats, ints = self.floats[rows], self.ints[rows]
-        fields = {name: floats[:, column] for column, name in enumerate(FLOATS)}
-        fields |= {name: ints[:, column] for column, name in enumerate(INTS)}
+        floats, ints = self.floats[:, rows], self.ints[:, rows]
+        fields = dict(zip(FLOATS, floats, strict=True)) | dict(zip(INTS, ints, strict=False))
         if adjusted:
             fields |= {name: tensor[rows] for name, tensor in self.wide.items()}
-            fields["stops"] = ints[:, len(INTS) :]
+            fields["stops"] = ints[len(INTS) :].T
         return SamplingTensors(**fields)
 
     def count(self, rows: torch.Tensor, tokens: torch.Tensor, alive: torch.Tensor) -> None:

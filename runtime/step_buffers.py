@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusec.runtime.batch import Batch
+from fusec.runtime.drawing import places
 
 RING = 8  # steps whose tokens may wait to be read
 
@@ -17,7 +18,8 @@ class StepBuffers:
 
     tables   int32 [rows, M]    cache blocks
     ring     int32 [RING, rows] tokens sampled by the last steps; step `cursor % RING` is written next
-    arrivals int32 [rows + 1]   of draw.draw on a GPU: zero between its launches
+    best     see Drawing        empty between steps
+    arrivals int32 [1]          of draw.draw on a GPU: zero between its launches
     the others as in Batch
     """
 
@@ -30,7 +32,7 @@ class StepBuffers:
         self.slots = zeros(num_rows, dtype=torch.int64) - 1
         self.tables = zeros(num_rows, max_blocks)
         self.ring, self.cursor = zeros(RING, num_rows), zeros(1, dtype=torch.int64)
-        self.arrivals = zeros(num_rows + 1)
+        self.best, self.arrivals = places(num_rows, device), zeros(1)
         self.query_starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
         self.rows = torch.arange(num_rows, dtype=torch.int32, device=device)
 
@@ -46,7 +48,7 @@ class StepBuffers:
     def advance(self, tokens: torch.Tensor) -> None:
         """Make the tokens just sampled the input of the next step.  tokens: int32 [n], of the first n rows; -1 is no token.
 
-        On a GPU draw.draw does the same."""
+        On a GPU draw.draw and draw.settle do the same."""
         n = len(tokens)
         alive = self.context_lens[:n] > 0
         self.ids[:n] = torch.where(alive, tokens.clamp(min=0), self.ids[:n])

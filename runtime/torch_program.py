@@ -20,6 +20,7 @@ class TorchProgram:
     history."""
 
     supports_graphs = False
+    draws = False
 
     def __init__(self, compiled: Compiled, loader, dtype: torch.dtype, device: torch.device):
         self.compiled, self.dtype, self.device = compiled, dtype, device

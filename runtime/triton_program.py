@@ -15,6 +15,7 @@ import triton
 from fusec.compiler import Compiled
 from fusec.runtime.batch import Batch
 from fusec.runtime.capabilities import dependent_launch, hopper
+from fusec.runtime.drawing import NOTHING, Drawing
 from fusec.runtime.hub import cache_folder
 from fusec.runtime.program import cache_bytes, cache_sizes
 from fusec.runtime.weights import Loader, prepare
@@ -40,6 +41,7 @@ class TritonProgram:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
+        self.draws = module.draws
         self.program.PDL, self.program.HOPPER = dependent_launch(device), hopper(device)
         self.weights: dict[str, torch.Tensor] = {}
         for weight in module.weights.values():
@@ -62,10 +64,10 @@ class TritonProgram:
         }
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, drawing: Drawing = NOTHING) -> torch.Tensor | None:
         if batch.ids.shape[0] > self.max_tokens:
             raise ValueError(f"a step of {batch.ids.shape[0]} tokens; the arena holds {self.max_tokens}")
-        return self.program.step(self, batch)
+        return self.program.step(self, batch, drawing) if self.draws else self.program.step(self, batch)
 
     def product(self, tokens: int, columns: int) -> torch.Tensor:
         """Scratch for the vendor's matmul: [tokens, columns] in the model's dtype, until the next call."""

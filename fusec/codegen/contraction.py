@@ -149,6 +149,15 @@ class Contraction:
         return others[0].attrs["name"] if outputs[0].dims == self.anchor.dims else None
 
     @property
+    def makes_logits(self) -> bool:
+        """Whether all that is made is one float32 of each row and token, in their order: logits."""
+        (segment, *rest), (output, *more) = self.segments, self.body.outputs
+        (piece, *others) = segment.pieces
+        in_order = dict(zip([d.name for d in segment.dims], row_major(segment.dims), strict=True))
+        alone = not rest and not more and not others and segment.chunks == 1 and self.row_dim in output.names
+        return alone and output.dtype == "f32" and piece.value is output and piece.strides == in_order and not piece.offset
+
+    @property
     def stored(self) -> tuple[Value, Value | None] | None:
         """(input, rows): the input that x is; or that whose rows x is, and the input that says which. None: x is computed."""
         if self.x.op == "input":

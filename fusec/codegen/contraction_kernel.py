@@ -20,7 +20,7 @@ class Form:
     reduce: the axis along which a tile of x is reduced, and how the result is spread again.  tiles: launch constants.  many:
     whether a program works on several tokens.  multiplies: whether it contracts (or the vendor's matmul does).  scratch: pointers
     it takes.  gluon: whether it is written in Gluon, with tiles of the weight and of x described to the bulk copy engine.
-    bounds: the first and the last row of a tile.
+    bounds: the first and the last row of a tile.  tokens: those of a tile, on one line.  axis: of a tile of results, its rows'.
     """
 
     reduce: str
@@ -30,40 +30,45 @@ class Form:
     scratch: tuple[str, ...] = ()
     gluon: bool = False
     bounds: tuple[str, str] = ("tl.min(n)", "tl.max(n)")
+    tokens: str = "tl.reshape(t, [BLOCK_M])"
+    axis: int = 1
 
 
 FORMS = {
-    "gemv": Form("0)", ("BLOCK_N", "BLOCK_K", "STAGES", "PDL"), many=False),
-    "skinny": Form(
-        "0)[None, :]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS", "STAGES", "PDL"), scratch=("partial", "arrivals")
-    ),
-    "stream": Form("1)", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS", "STAGES", "PDL"),
-                   scratch=("partial", "arrivals"), gluon=True, bounds=("n_0", "n_0 + BLOCK_N - 1")),
+    "gemv": Form("0)", ("BLOCK_N", "BLOCK_K", "STAGES", "PDL"), many=False, tokens="tl.full([], 0, tl.int32)",
+                 axis=0),
+    "skinny": Form("0)[None, :]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS", "STAGES", "PDL"),
+                   scratch=("partial", "arrivals"), axis=0),
+    "stream": Form("1)", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS", "STAGES", "PDL"), scratch=("partial", "arrivals"),
+                   gluon=True, bounds=("n_0", "n_0 + BLOCK_N - 1"), tokens="t_line", axis=0),
     "matmul": Form("1)[:, None]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "STAGES", "PDL")),
     "stats": Form("1)[:, None]", ("BLOCK_M", "BLOCK_K", "PDL"), multiplies=False, scratch=("stats",)),
     "epilogue": Form("1)[:, None]", ("BLOCK_M", "BLOCK_N", "PDL"), multiplies=False, scratch=("product", "stats")),
 }
 
 
+DRAWING = ("best", "temperature", "seed_low", "seed_high", "lengths")  # pointers of a runtime.drawing.Drawing
+
+
 def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_n: int, block_k: int,
-                parts: Contraction | None = None) -> Source:  # fmt: skip
+                parts: Contraction | None = None, draws: bool = False) -> Source:  # fmt: skip
     """A contraction kernel in one of its forms: one token ("gemv"), a few ("skinny", or "stream" where there are Hopper's units),
     many ("matmul"), or what the vendor's matmul leaves to do ("stats", "epilogue").
 
     Masks are left out where blocks divide the sizes: block_n and block_k are the least divisible of the tiles that it will be
-    launched with.
+    launched with.  draws: what it makes are the program's logits, and instead of storing them it can keep each row's best token.
     """
     parts = parts or Contraction(kernel.attrs["body"])
-    return ContractionWriter(form, dtype, block_n, block_k, parts).source(name, comment)
+    return ContractionWriter(form, dtype, block_n, block_k, parts, draws).source(name, comment)
 
 
 class ContractionWriter(Writer):
     """Writes one form of one contraction kernel."""
 
-    def __init__(self, form, dtype, block_n, block_k, parts: Contraction):
+    def __init__(self, form, dtype, block_n, block_k, parts: Contraction, draws: bool):
         super().__init__(parts.body, dtype)
         self.form, self.shape, self.parts = form, FORMS[form], parts
-        self.block_n, self.block_k = block_n, block_k
+        self.block_n, self.block_k, self.draws = block_n, block_k, draws and form != "stats"
         self.masked_k, self.masked_n = bool(parts.k % block_k), bool(parts.n % block_n)
         self.many = self.shape.many
         self.row = Index("t", ("t_mask",)) if self.many else Index("0")
@@ -98,7 +103,8 @@ class ContractionWriter(Writer):
             stream = stream_epilogue(epilogue, late={*ys, *self.given.values()}, segments=len(parts.segments), halves=halves,
                                      bound=parts.n if self.masked_n else None)  # fmt: skip
             early, epilogue = stream.early, stream.lines
-        tiles = (*self.shape.tiles[:-1], "REDUCERS", "REDUCING", "PDL") if self.shape.gluon and beside else self.shape.tiles
+        reducing = ("REDUCERS", "REDUCING") if self.shape.gluon and beside else ()
+        tiles = (*self.shape.tiles[:-1], *reducing, *(["DRAW"] if self.draws else []), "PDL")
         context = {
             "name": name,
             "signature": define(name, [*names.values(), *(["T"] if self.many else [])], tiles),
@@ -138,6 +144,7 @@ class ContractionWriter(Writer):
             "block_k": self.block_k,
             "described": described,
             "reductions": len(beside),
+            "draws": self.draws,
             "picked": parts.stored[1].attrs["name"] if described and parts.stored[1] else None,
         }
         return Source(name, form, text, self.params.roles, facts)
@@ -297,8 +304,22 @@ class ContractionWriter(Writer):
         for piece in segment.pieces:
             text = emitter.write(piece.value)
             offset = flat_offset(piece, segment.dims, index, coords)
+            kept = []
+            if self.draws:
+                text = emitter.assign(self.names.fresh("logits"), text)
+                kept = self.keep_best(text, index, masks)
             text = mark(strip(text)) if self.shape.gluon else text
             self.store(text, piece.output, piece.value, row, offset, (*masks, *self.row.masks), lines)
+            if kept:
+                lines[-1:] = [*kept, "else:", f"    {lines[-1]}"]
+
+    def keep_best(self, logits: str, token: str, masks: tuple[str, ...]) -> list[str]:
+        """What is done with logits that are drawn from."""
+        if masks:
+            logits = f'tl.where({" & ".join(masks)}, {logits}, float("-inf"))'
+        drawing = ", ".join(self.params.pointer(name, ("drawing", name)) for name in DRAWING)
+        rows = f"{self.shape.tokens}, {'T' if self.many else '1'}"
+        return ["if DRAW:", f"    keep_best({logits}, {token}, {rows}, {drawing}, DRAW, {self.shape.axis})"]
 
 
 def flat_offset(piece, dims, index: str, coords) -> str:

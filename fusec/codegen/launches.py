@@ -21,10 +21,12 @@ COUNTS = {"T": "T", "T'": "N"}  # run-time dim -> what generated code calls its 
 
 
 class Launches:
-    """Writes the launches of one program. partial, arrivals: elements of scratch that its split contractions share."""
+    """Writes the launches of one program. partial, arrivals: elements of scratch that its split contractions share.  result: the
+    kernel that makes its logits, if that is all they are needed for.  draws: whether it can draw tokens from them."""
 
-    def __init__(self, dtype: str, gpu: str, source_lines):
-        self.dtype, self.gpu, self.source_lines = dtype, gpu, source_lines
+    def __init__(self, dtype: str, gpu: str, source_lines, result: Value | None):
+        self.dtype, self.gpu, self.source_lines, self.result = dtype, gpu, source_lines, result
+        self.draws = False
         self.itemsize = 4 if dtype == "float32" else 2
         self.partial = self.arrivals = 1
         self.begun = False  # whether the program has a kernel: all but the first may start while the one before drains
@@ -50,6 +52,8 @@ class Launches:
         vendor = schedule.vendor_from(*shape) if parts.x.op == "input" else None
         plan = [("gemv", (schedule.gemv(*shape),)), ("skinny", schedule.skinny(*shape)), ("matmul", schedule.matmul(*shape))]
         streams = schedule.stream(*shape) if parts.streams else ()
+        draws = kernel is self.result and parts.makes_logits
+        self.draws |= draws
         stats = None
         if parts.beside and vendor:  # the row reductions, by a kernel of their own
             block_k = min(1024, schedule.padded(parts.k))
@@ -60,7 +64,7 @@ class Launches:
         for form, tiles in plan:
             block_n = max((t.block_n for t in tiles), key=lambda size: parts.n % size)
             block_k = max((t.block_k for t in tiles), key=lambda size: parts.k % size)
-            source = contraction(kernel, f"kernel_{form}", form, comment, self.dtype, block_n, block_k, parts)
+            source = contraction(kernel, f"kernel_{form}", form, comment, self.dtype, block_n, block_k, parts, draws)
             source.facts["tiles"] = tiles
             sources.append(source)
             for t in tiles:
@@ -77,14 +81,15 @@ class Launches:
                 lines += indent(self.launch(source, parts, rows, t))
         sources += [stats] if stats else []
         if vendor:
-            tail, text = self.vendor(kernel, parts, rows, comment, stats)
+            tail, text = self.vendor(kernel, parts, rows, comment, stats, draws)
             sources += tail
             lines += ["else:", *indent(text)]
         params = merge(*(s.roles for s in sources))
         picks = streams and parts.stored[1]
         model = [("m", ("model",))] if vendor or picks else []
         batch = [("b", ("batch",))] if picks else []
-        return sources, lines, [*model, *batch, (rows, ("tokens", rows)), *params]
+        mode = [("draw", ("drawing", "mode"))] if draws else []
+        return sources, lines, [*model, *batch, *mode, (rows, ("tokens", rows)), *params]
 
     def launch(self, source: Source, parts: Contraction, rows: str, t) -> list[str]:
         """One launch of a contraction kernel with tiles `t`."""
@@ -108,8 +113,8 @@ class Launches:
             registers, constants = program.registers, constants | program.constants
         return self.call(source, f"{grid[:-2]}, {t.splits})", rows, constants, t.num_warps, registers)
 
-    def vendor(self, kernel, parts: Contraction, rows: str, comment, stats: Source | None) -> tuple[list[Source], list[str]]:
-        """(kernels, lines): the vendor's matmul, and what surrounds it. A sum with one stored value is the matmul's own."""
+    def vendor(self, kernel, parts: Contraction, rows: str, comment, stats: Source | None, draws: bool):
+        """(sources, lines): the vendor's matmul, and what surrounds it. A sum with one stored value is the matmul's own."""
         x = parts.x.attrs["name"]
         matrix = f"{parts.matrix.attrs['name']}.view({parts.leaves * parts.n}, {parts.k}).t()"
         residual = parts.plain_sum()
@@ -121,7 +126,7 @@ class Launches:
             tiles = {"BLOCK_M": 4, "BLOCK_K": stats.facts["block_k"]}
             lines += self.call(stats, f"(triton.cdiv({rows}, 4),)", rows, tiles, 4)
         block_n = min(256, schedule.padded(parts.n))
-        tail = contraction(kernel, "kernel_epilogue", "epilogue", comment, self.dtype, block_n, 1, parts)
+        tail = contraction(kernel, "kernel_epilogue", "epilogue", comment, self.dtype, block_n, 1, parts, draws)
         grid = f"(triton.cdiv({rows}, 8) * triton.cdiv({parts.n}, {block_n}),)"
         lines += self.call(tail, grid, rows, {"BLOCK_M": 8, "BLOCK_N": block_n}, 4)
         return [tail], lines
@@ -206,6 +211,8 @@ class Launches:
                 name = f"tiles({name}, {source.facts['k']}, {block}, {constants['BLOCK_K']})"
             pointers.append(name)
         arguments = ", ".join([*pointers, *([tokens] if tokens else [])])
+        if source.facts.get("draws"):
+            constants = constants | {"DRAW": "draw"}
         sizes = ", ".join(f"{k}={v}" for k, v in constants.items())
         lines, early = [f"kernels.{source.name}[{grid}](", f"    {arguments},"], "PDL" if self.begun else "False"
         if registers:

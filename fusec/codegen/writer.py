@@ -20,6 +20,7 @@ WIDTH = 120  # columns of generated source
 # Names that the templates use themselves.
 RESERVED = (
     "gdc_wait_in_loop",
+    "keep_best",
     "threads_meet",
     "sigmoid",
     "async_load",

@@ -10,8 +10,8 @@ from .analysis import RUNTIME, cone
 
 # What generated code calls things of its own.
 TAKEN = set(
-    "a arrivals b block blocks c decode_launch g i kernel kernels launch libdevice m out own partial prefill_launch product "
-    "sequences share_memory slots stats step tiles tl torch triton w".split()
+    "a arrivals b block blocks c d decode_launch draw g i kernel kernels launch libdevice m out own partial prefill_launch "
+    "product sequences share_memory slots stats step tiles tl torch triton w".split()
 )
 
 

@@ -12,7 +12,7 @@ from fusec.codegen.writer import RESERVED, environment
 from fusec.compiler import compile
 
 NAMES = ("out", "lambda", "product", "stats", "a", "step", "kernels", "torch", "m", "kernel", "share_memory", "kernel_stream",
-         "range")
+         "range", "draw", "d", "best", "keep_best", "temperature")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -25,7 +25,7 @@ def test_field(field, name):
             taken = {"out", "a", "torch", "triton", "kernels", "product", "stats"}
             names = [argument.arg for argument in function.args.args]
             assert len(set(names)) == len(names)
-            assert function.name not in taken | {"step"} or function.name == "step" and names == ["m", "b"]
+            assert function.name not in taken | {"step"} or function.name == "step" and names == ["m", "b", "d"]
     weights = {line.split("def ")[1].split("(")[0]: line for line in module.program_py.splitlines() if line.startswith("def ")}
     assert all(line.count(" out,") + line.count(" out)") <= 1 for line in weights.values())
 

@@ -24,7 +24,7 @@ def chosen(variants):
     """Of the variants of one kernel that differ in tiles: the widest, which needs the most."""
     widest = {}
     for variant in variants:
-        key = (variant.kernel, variant.tiles.get("SPLITS", 1) > 1)
+        key = (variant.kernel, variant.tiles.get("SPLITS", 1) > 1, variant.tiles.get("DRAW"))
         if key not in widest or aot.cost(variant) >= aot.cost(widest[key]):
             widest[key] = variant
     return list(widest.values())
@@ -43,7 +43,7 @@ def test_no_spills(model, tmp_path):
     some = chosen(variants)
     assert {v.kernel for v in some} == {s.name for f in compiled.module.functions for s in f.sources}
     for variant, cubin in zip(some, aot.compile_all(some, folder / "kernels.py", "sm_90"), strict=True):
-        allowed = next((n for name, n in ALLOWED.items() if name in variant.kernel), 0)
+        allowed = 16 if variant.tiles.get("DRAW") == 2 else next((n for name, n in ALLOWED.items() if name in variant.kernel), 0)
         assert cubin.spills <= allowed, f"{variant.kernel} {variant.tiles} spills {cubin.spills} bytes a thread"
         assert cubin.shared <= SHARED, f"{variant.kernel} {variant.tiles} takes {cubin.shared} bytes of shared memory"
         if "_stream" in variant.kernel:  # one thread gives a place back for all warps: it must have waited for them

@@ -79,7 +79,7 @@ class Case:
             pointers.append((kind, self.k, blocks[pointer]) if pointer in blocks else kind)
         arguments = [*pointers, *([33] if self.form != "gemv" else [])]
         options = {**self.options(), "launch_pdl": True}
-        return str(self.path), self.name, arguments, self.sizes() | {"PDL": True}, options
+        return str(self.path), self.name, options, [(arguments, self.sizes() | {"PDL": True})]
 
     def run(self, x, w, h, **options):
         t, n, device = self.tokens, self.n, x.device

@@ -7,7 +7,7 @@ import torch
 
 
 class FakeProgram:
-    dtype = torch.float64
+    dtype, draws = torch.float64, False
 
     def __init__(self, vocab_size=50, width=16, seed=0, device="cpu", supports_graphs=False):
         self.device, self.vocab_size, self.width, self.supports_graphs = torch.device(device), vocab_size, width, supports_graphs

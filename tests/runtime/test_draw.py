@@ -8,6 +8,7 @@ from interpret import INTERPRETED, run_interpreted
 
 if INTERPRETED:
     from fusec.runtime.draw import draw
+    from fusec.runtime.drawing import NONE
     from fusec.runtime.step_buffers import RING, StepBuffers
 
     STATE = ("ids", "positions", "context_lens", "slots", "ring", "cursor")
@@ -38,7 +39,7 @@ if INTERPRETED:
             theirs.advance(tokens)
             for name in STATE:
                 assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-            assert not ours.arrivals.any()
+            assert (ours.best == NONE).all() and not ours.arrivals.any()
 
     def test_without_buffers_only_the_tokens_are_found():
         logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(0))

@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, mma_v2, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from fusec.runtime.best_token import keep_best
 
 # Triton 3.6 calls these otherwise than later versions do.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -2265,8 +2266,9 @@ def rows(x_ptr, x_2_ptr, post_feedforward_layernorm_ptr, out_ptr, T, BLOCK_M: tl
 
 
 @triton.jit
-def embed_tokens_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BLOCK_N: tl.constexpr,
-                      BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, best_ptr, temperature_ptr, seed_low_ptr,
+                      seed_high_ptr, lengths_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      STAGES: tl.constexpr, DRAW: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:24   h = f32(x)
     # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma2.fuse:54   h + post_feedforward_layernorm(mlp(pre_feedforward_layernorm(h)))
@@ -2301,13 +2303,19 @@ def embed_tokens_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BLOC
     mean = tl.sum(mean_k, 0) / 2304
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    tl.store(out_ptr + n, 30.0 * (2 * tl.sigmoid(2 * ((y0 * rsqrt) / 30.0)) - 1))
+    logits = 30.0 * (2 * tl.sigmoid(2 * ((y0 * rsqrt) / 30.0)) - 1)
+    if DRAW:
+        keep_best(logits, n, tl.full([], 0, tl.int32), 1, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
+                lengths_ptr, DRAW, 0)
+    else:
+        tl.store(out_ptr + n, logits)
 
 
 @triton.jit(do_not_specialize=["T"])
-def embed_tokens_skinny(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, partial_ptr, arrivals_ptr, T,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                        STAGES: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_skinny(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, best_ptr, temperature_ptr, seed_low_ptr,
+                        seed_high_ptr, lengths_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
+                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+                        DRAW: tl.constexpr, PDL: tl.constexpr):
     # gemma2.fuse:24   h = f32(x)
     # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma2.fuse:54   h + post_feedforward_layernorm(mlp(pre_feedforward_layernorm(h)))
@@ -2370,12 +2378,18 @@ def embed_tokens_skinny(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, pa
     mean = mean / 2304
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    tl.store(out_ptr + t.to(tl.int64) * 256000 + n, 30.0 * (2 * tl.sigmoid(2 * ((y0 * rsqrt) / 30.0)) - 1), mask=t_mask)
+    logits = 30.0 * (2 * tl.sigmoid(2 * ((y0 * rsqrt) / 30.0)) - 1)
+    if DRAW:
+        keep_best(logits, n, tl.reshape(t, [BLOCK_M]), T, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
+                lengths_ptr, DRAW, 0)
+    else:
+        tl.store(out_ptr + t.to(tl.int64) * 256000 + n, logits, mask=t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
-def embed_tokens_matmul(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, T, BLOCK_M: tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+def embed_tokens_matmul(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, best_ptr, temperature_ptr, seed_low_ptr,
+                        seed_high_ptr, lengths_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                        BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, DRAW: tl.constexpr,
                         PDL: tl.constexpr):
     # gemma2.fuse:24   h = f32(x)
     # gemma2.fuse:25   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
@@ -2412,4 +2426,9 @@ def embed_tokens_matmul(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, T,
     mean = tl.sum(mean_k, 1)[:, None] / 2304
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    tl.store(out_ptr + t.to(tl.int64) * 256000 + n, 30.0 * (2 * tl.sigmoid(2 * ((y0 * rsqrt) / 30.0)) - 1), mask=t_mask)
+    logits = 30.0 * (2 * tl.sigmoid(2 * ((y0 * rsqrt) / 30.0)) - 1)
+    if DRAW:
+        keep_best(logits, n, tl.reshape(t, [BLOCK_M]), T, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
+                lengths_ptr, DRAW, 1)
+    else:
+        tl.store(out_ptr + t.to(tl.int64) * 256000 + n, logits, mask=t_mask)

@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, mma_v2, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from fusec.runtime.best_token import keep_best
 
 # Triton 3.6 calls these otherwise than later versions do.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -1891,8 +1892,9 @@ def rows(x_ptr, x_2_ptr, post_feedforward_layernorm_ptr, out_ptr, T, BLOCK_M: tl
 
 
 @triton.jit
-def embed_tokens_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BLOCK_N: tl.constexpr,
-                      BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, best_ptr, temperature_ptr, seed_low_ptr,
+                      seed_high_ptr, lengths_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      STAGES: tl.constexpr, DRAW: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:59   h + post_feedforward_layernorm(mlp(pre_feedforward_layernorm(h)))
@@ -1927,13 +1929,19 @@ def embed_tokens_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BLOC
     mean = tl.sum(mean_k, 0) / 1152
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    tl.store(out_ptr + n, y0 * rsqrt)
+    logits = y0 * rsqrt
+    if DRAW:
+        keep_best(logits, n, tl.full([], 0, tl.int32), 1, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
+                lengths_ptr, DRAW, 0)
+    else:
+        tl.store(out_ptr + n, logits)
 
 
 @triton.jit(do_not_specialize=["T"])
-def embed_tokens_skinny(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, partial_ptr, arrivals_ptr, T,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                        STAGES: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_skinny(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, best_ptr, temperature_ptr, seed_low_ptr,
+                        seed_high_ptr, lengths_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
+                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+                        DRAW: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:59   h + post_feedforward_layernorm(mlp(pre_feedforward_layernorm(h)))
@@ -1996,12 +2004,18 @@ def embed_tokens_skinny(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, pa
     mean = mean / 1152
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    tl.store(out_ptr + t.to(tl.int64) * 262144 + n, y0 * rsqrt, mask=t_mask)
+    logits = y0 * rsqrt
+    if DRAW:
+        keep_best(logits, n, tl.reshape(t, [BLOCK_M]), T, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
+                lengths_ptr, DRAW, 0)
+    else:
+        tl.store(out_ptr + t.to(tl.int64) * 262144 + n, logits, mask=t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
-def embed_tokens_matmul(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, T, BLOCK_M: tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+def embed_tokens_matmul(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, best_ptr, temperature_ptr, seed_low_ptr,
+                        seed_high_ptr, lengths_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                        BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, DRAW: tl.constexpr,
                         PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
@@ -2038,4 +2052,9 @@ def embed_tokens_matmul(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, T,
     mean = tl.sum(mean_k, 1)[:, None] / 1152
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    tl.store(out_ptr + t.to(tl.int64) * 262144 + n, y0 * rsqrt, mask=t_mask)
+    logits = y0 * rsqrt
+    if DRAW:
+        keep_best(logits, n, tl.reshape(t, [BLOCK_M]), T, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
+                lengths_ptr, DRAW, 1)
+    else:
+        tl.store(out_ptr + t.to(tl.int64) * 262144 + n, logits, mask=t_mask)

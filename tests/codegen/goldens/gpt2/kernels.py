@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, mma_v2, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from fusec.runtime.best_token import keep_best
 
 # Triton 3.6 calls these otherwise than later versions do.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -1208,8 +1209,9 @@ def c_proj_2_epilogue(x_2_ptr, c_proj_bias_ptr, out_ptr, product_ptr, T, BLOCK_M
 
 
 @triton.jit
-def wte_gemv(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-             STAGES: tl.constexpr, PDL: tl.constexpr):
+def wte_gemv(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
+             lengths_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+             DRAW: tl.constexpr, PDL: tl.constexpr):
     # gpt2.fuse:37   h + mlp(ln_2(h))
     # gpt2.fuse:47   lm_head(ln_f(h(x, pos)))
     ROWS: tl.constexpr = 50257
@@ -1262,13 +1264,19 @@ def wte_gemv(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, out_ptr, BLOCK_N
         x_4 = ((v_2 * tl.rsqrt(mean_2 + 1e-05)) * ln_f) + ln_f_bias
         acc0 += w0.to(tl.float32) * x_4[None, :]
     y0 = tl.sum(acc0, 1)
-    tl.store(out_ptr + n, y0, mask=n_mask)
+    logits = y0
+    if DRAW:
+        keep_best(tl.where(n_mask, logits, float("-inf")), n, tl.full([], 0, tl.int32), 1, best_ptr, temperature_ptr,
+                seed_low_ptr, seed_high_ptr, lengths_ptr, DRAW, 0)
+    else:
+        tl.store(out_ptr + n, logits, mask=n_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
-def wte_skinny(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, out_ptr, partial_ptr, arrivals_ptr, T,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-               STAGES: tl.constexpr, PDL: tl.constexpr):
+def wte_skinny(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, best_ptr, temperature_ptr, seed_low_ptr,
+               seed_high_ptr, lengths_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
+               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+               DRAW: tl.constexpr, PDL: tl.constexpr):
     # gpt2.fuse:37   h + mlp(ln_2(h))
     # gpt2.fuse:47   lm_head(ln_f(h(x, pos)))
     ROWS: tl.constexpr = 50257
@@ -1336,13 +1344,18 @@ def wte_skinny(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, out_ptr, parti
             y0 += tl.load(partial_ptr + (part * LEAVES) * ROWS * tokens + cell, mask=n_mask, other=0,
                     cache_modifier=".cg")
         tl.store(arrivals_ptr + tile, 0)
-    tl.store(out_ptr + t.to(tl.int64) * 50257 + n, y0, mask=n_mask & t_mask)
+    logits = y0
+    if DRAW:
+        keep_best(tl.where(n_mask, logits, float("-inf")), n, tl.reshape(t, [BLOCK_M]), T, best_ptr, temperature_ptr,
+                seed_low_ptr, seed_high_ptr, lengths_ptr, DRAW, 0)
+    else:
+        tl.store(out_ptr + t.to(tl.int64) * 50257 + n, logits, mask=n_mask & t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
-def wte_matmul(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, out_ptr, T, BLOCK_M: tl.constexpr,
-               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-               PDL: tl.constexpr):
+def wte_matmul(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, best_ptr, temperature_ptr, seed_low_ptr,
+               seed_high_ptr, lengths_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, DRAW: tl.constexpr, PDL: tl.constexpr):
     # gpt2.fuse:37   h + mlp(ln_2(h))
     # gpt2.fuse:47   lm_head(ln_f(h(x, pos)))
     ROWS: tl.constexpr = 50257
@@ -1387,4 +1400,9 @@ def wte_matmul(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, out_ptr, T, BL
         x_4 = ((v_2 * tl.rsqrt(mean_2 + 1e-05)) * ln_f) + ln_f_bias
         w0 = tl.load(w_row + k.trans(), mask=n_mask, other=0)
         y0 = tl.dot(x_4.to(tl.bfloat16), w0, y0)
-    tl.store(out_ptr + t.to(tl.int64) * 50257 + n, y0, mask=n_mask & t_mask)
+    logits = y0
+    if DRAW:
+        keep_best(tl.where(n_mask, logits, float("-inf")), n, tl.reshape(t, [BLOCK_M]), T, best_ptr, temperature_ptr,
+                seed_low_ptr, seed_high_ptr, lengths_ptr, DRAW, 1)
+    else:
+        tl.store(out_ptr + t.to(tl.int64) * 50257 + n, logits, mask=n_mask & t_mask)

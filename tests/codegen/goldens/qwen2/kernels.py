@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, mma_v2, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from fusec.runtime.best_token import keep_best
 
 # Triton 3.6 calls these otherwise than later versions do.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -1704,8 +1705,9 @@ def down_proj_matmul(down_proj_ptr, x_ptr, x_2_ptr, out_ptr, T, BLOCK_M: tl.cons
 
 
 @triton.jit
-def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 STAGES: tl.constexpr, PDL: tl.constexpr):
+def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr, lengths_ptr,
+                 out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DRAW: tl.constexpr,
+                 PDL: tl.constexpr):
     # qwen2.fuse:48   h + mlp(post_attention_layernorm(h))
     # qwen2.fuse:58   lm_head(norm(x))
     K: tl.constexpr = 3584
@@ -1732,7 +1734,12 @@ def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, B
     mean = tl.sum(mean_k, 0) / 3584
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    tl.store(out_ptr + n, y0 * rsqrt)
+    logits = y0 * rsqrt
+    if DRAW:
+        keep_best(logits, n, tl.full([], 0, tl.int32), 1, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
+                lengths_ptr, DRAW, 0)
+    else:
+        tl.store(out_ptr + n, logits)
 
 
 @gluon.jit
@@ -1806,9 +1813,10 @@ def lm_head_stream_reductions(x_ring, row_sums, ready, done, steps, BLOCK_M: gl.
 
 
 @gluon.jit(do_not_specialize=["T"])
-def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
-                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                   REDUCERS: tl.constexpr, REDUCING: tl.constexpr, PDL: tl.constexpr):
+def lm_head_stream(lm_head_tiles, x_tiles, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr, lengths_ptr, out_ptr,
+                   partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                   SPLITS: tl.constexpr, STAGES: tl.constexpr, REDUCERS: tl.constexpr, REDUCING: tl.constexpr,
+                   DRAW: tl.constexpr, PDL: tl.constexpr):
     # qwen2.fuse:48   h + mlp(post_attention_layernorm(h))
     # qwen2.fuse:58   lm_head(norm(x))
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
@@ -1880,12 +1888,17 @@ def lm_head_stream(lm_head_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, T
     n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Y))[:, None]
     v = mean + 1e-06
     rsqrt = gl.rsqrt(v)
-    gl.store(out_ptr + t.to(gl.int64) * 152064 + n, y0 * rsqrt, mask=t_mask)
+    logits = y0 * rsqrt
+    if DRAW:
+        keep_best(logits, n, t_line, T, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr, lengths_ptr, DRAW, 0)
+    else:
+        gl.store(out_ptr + t.to(gl.int64) * 152064 + n, logits, mask=t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
-def lm_head_skinny(lm_head_ptr, rows_ptr, x_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
-                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+def lm_head_skinny(lm_head_ptr, rows_ptr, x_ptr, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr, lengths_ptr,
+                   out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, DRAW: tl.constexpr,
                    PDL: tl.constexpr):
     # qwen2.fuse:48   h + mlp(post_attention_layernorm(h))
     # qwen2.fuse:58   lm_head(norm(x))
@@ -1943,12 +1956,18 @@ def lm_head_skinny(lm_head_ptr, rows_ptr, x_ptr, out_ptr, partial_ptr, arrivals_
     mean = mean / 3584
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    tl.store(out_ptr + t.to(tl.int64) * 152064 + n, y0 * rsqrt, mask=t_mask)
+    logits = y0 * rsqrt
+    if DRAW:
+        keep_best(logits, n, tl.reshape(t, [BLOCK_M]), T, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
+                lengths_ptr, DRAW, 0)
+    else:
+        tl.store(out_ptr + t.to(tl.int64) * 152064 + n, logits, mask=t_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
-def lm_head_matmul(lm_head_ptr, rows_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+def lm_head_matmul(lm_head_ptr, rows_ptr, x_ptr, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr, lengths_ptr,
+                   out_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+                   STAGES: tl.constexpr, DRAW: tl.constexpr, PDL: tl.constexpr):
     # qwen2.fuse:48   h + mlp(post_attention_layernorm(h))
     # qwen2.fuse:58   lm_head(norm(x))
     ROWS: tl.constexpr = 152064
@@ -1980,4 +1999,9 @@ def lm_head_matmul(lm_head_ptr, rows_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.constex
     mean = tl.sum(mean_k, 1)[:, None] / 3584
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    tl.store(out_ptr + t.to(tl.int64) * 152064 + n, y0 * rsqrt, mask=t_mask)
+    logits = y0 * rsqrt
+    if DRAW:
+        keep_best(logits, n, tl.reshape(t, [BLOCK_M]), T, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
+                lengths_ptr, DRAW, 1)
+    else:
+        tl.store(out_ptr + t.to(tl.int64) * 152064 + n, logits, mask=t_mask)
