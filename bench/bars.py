@@ -28,8 +28,9 @@ def startup():
     from fusec.bench.startup import bench_startup
 
     (case,) = bench_startup([MODEL])["cases"]
+    phases = f"imports {case['import_s']:.1f} s, compile and load {case['load_s']:.1f}, first token {case['token_s']:.1f}"
     for key, bar in STARTUP.items():
-        yield f"start of the 8B, {key}", case[key], bar, False
+        yield f"start of the 8B, {key}{f' ({phases})' if key == 'again_s' else ''}", case[key], bar, False
 
 
 def decode():

@@ -68,7 +68,7 @@ class Runner:
     def reset(self) -> None:
         """Free every row, whatever state the last launch left them in."""
         self.seated.clear()
-        self.buffers.clear(slice(None))
+        self.buffers.restart()
         self.sampling.clear(slice(None))
         if self.cuda:
             torch.cuda.synchronize(self.device)

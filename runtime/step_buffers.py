@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusec.runtime.batch import Batch
-from fusec.runtime.drawing import places
+from fusec.runtime.drawing import NONE, places
 
 RING = 8  # steps whose tokens may wait to be read
 
@@ -76,6 +76,12 @@ class StepBuffers:
         """Give the places of some rows to others, all at once.  Both int64 [n]."""
         for tensor in (self.ids, self.positions, self.context_lens, self.slots, self.tables):
             tensor[targets] = tensor[sources]
+
+    def restart(self) -> None:
+        """Every row is padding and nothing is under way, whatever a step that failed has left."""
+        self.clear(slice(None))
+        self.best.fill_(NONE)
+        self.arrivals.zero_()
 
     def clear(self, row: int | slice) -> None:
         """Make a row padding."""

@@ -7,6 +7,7 @@ import torch
 from fake_program import FakeProgram
 
 from fusec.errors import UserError
+from fusec.runtime.drawing import NONE
 from fusec.runtime.llm import LLM
 from fusec.runtime.loading import Model
 from fusec.runtime.sampling import SamplingParams
@@ -197,10 +198,11 @@ def test_a_stream_left_early_frees_its_blocks_and_others_go_on(alone):
 @pytest.mark.parametrize("run_ahead", [0, 1])
 def test_interrupt_leaves_nothing_behind(run_ahead, alone, monkeypatch):
     llm = make(run_ahead=run_ahead)
-    forward, calls = llm.program.forward, iter(range(100))
+    forward, calls, buffers = llm.program.forward, iter(range(100)), llm.engine.runner.buffers
 
     def interrupted(batch):
         if next(calls) == 7:
+            buffers.best[0], buffers.arrivals[0] = 1, 1  # as between the head and the end of a step
             raise KeyboardInterrupt
         return forward(batch)
 
@@ -208,6 +210,7 @@ def test_interrupt_leaves_nothing_behind(run_ahead, alone, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS, GREEDY)
     assert llm.engine.allocator.num_used == 0 and not llm.engine.busy
+    assert (buffers.best == NONE).all() and not buffers.arrivals.any()
     assert answers(llm.generate(PROMPTS, GREEDY)) == alone[0]
 
 
