@@ -43,7 +43,7 @@ def keep_best(score, token, row, rows, best, temperature, seed_low, seed_high, l
 def noisy(score, token, heat, low, high):
     """Score over temperature, with noise; as it is in a greedy row. All of one value: the branch keeps them apart."""
     if heat >= GREEDY_BELOW:
-        score = score / heat + gumbel(token, low, high)
+        score = tl.div_rn(score, heat) + gumbel(token, low, high)
     return score
 
 

@@ -74,9 +74,9 @@ def _draw(logits, temperature, seed_low, seed_high, lengths, thresholds, V, row_
     if PDL:
         gdc_wait()
     score = tl.load(logits + own.to(tl.int64) * row_stride + token, token < V, -float("inf"))
-    if FILTERS:
+    if FILTERS:  # divided exactly, as the thresholds were: the best token's score may be its own threshold
         heat = tl.load(temperature + own)
-        dropped = (heat >= GREEDY_BELOW) & (score / heat < tl.load(thresholds + own))
+        dropped = (heat >= GREEDY_BELOW) & (tl.div_rn(score, heat) < tl.load(thresholds + own))
         score = tl.where(dropped, -float("inf"), score)
     keep_best(score, token, own, rows, best, temperature, seed_low, seed_high, lengths, DRAW, 1)
     tl.debug_barrier()  # what is kept comes before the one thread's release

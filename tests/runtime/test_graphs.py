@@ -114,6 +114,21 @@ def test_draw_is_the_same_in_torch_and_in_triton(vocab_size):
     assert differ <= 1  # a tie in the last bit
 
 
+def test_the_best_token_passes_its_own_filter():
+    """The threshold that one token leaves is its own score: it must be divided by the temperature as that was."""
+    generator = torch.Generator().manual_seed(2)
+    params = [SamplingParams(top_k=1, temperature=0.1 + 0.013 * row) for row in range(150)]
+    state = SamplingState(150, 3000, torch.device("cuda"))
+    state.seat(range(150), [Sequence([1], each, 9, seed=row) for row, each in enumerate(params)],
+               lambda array: torch.from_numpy(array).to("cuda"))  # fmt: skip
+    variant = Variant.covering(each.variant for each in params)
+    for _ in range(10):
+        logits = torch.randn(150, 3000, generator=generator).cuda() * 3
+        positions = torch.zeros(150, dtype=torch.int32, device="cuda")
+        tokens = sample(logits, state.select(slice(None), False), positions, variant).tokens
+        assert torch.equal(tokens, logits.argmax(1).int())
+
+
 def test_speed_of_a_step_is_the_device_s():
     """With run-ahead the host is hidden: a step takes what its graph takes."""
     llm = make(block_size=16, num_blocks=8)
