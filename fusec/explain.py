@@ -143,7 +143,7 @@ def resources(report) -> dict[str, list[str]]:
     table: dict[str, list[str]] = {}
     for k in report.kernels if report is not None else ():
         heads = ("BLOCK_R", "BLOCK_K", "BLOCK_J") if "PAGE" in k.tiles else ()  # attention's: the head sizes, padded
-        shown = [name for name in k.tiles if name not in heads and (name.startswith("BLOCK_") or name == "SPLITS")]
+        shown = [name for name in k.tiles if name not in heads and (name.startswith("BLOCK_") or name in ("SPLITS", "DRAW"))]
         tiles = " ".join(f"{name}={k.tiles[name]}" for name in shown)
         warps = f"{k.options.get('num_warps', 4)} warps"
         spills = f"{k.spills} bytes spilled" if k.spills else "no spills"

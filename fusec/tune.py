@@ -61,7 +61,8 @@ class Candidate:
 
 
 def constants(form: str, tiles, leaves: int, reductions: int, draw: int | None = None) -> dict:
-    """A contraction kernel's launch constants.  reductions: how many a row it makes.  draw: mode of a kernel that may draw."""
+    """A contraction kernel's launch constants.  reductions: how many a row it makes.  draw: the mode, where it may
+    draw."""
     table = {} if draw is None else {"DRAW": draw}
     table |= {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "STAGES": tiles.stages}
     if form != "gemv":
@@ -217,7 +218,7 @@ class Tuner:
             if kind not in files:
                 name = f"{function.name}_{kind[0]}"
                 source = contraction(function.kernel, name, kind[0], [], self.module.dtype, tiles.block_n, tiles.block_k, parts,
-                                     self.source(function, "gemv").facts["draws"])  # fmt: skip
+                                     any(s.facts.get("draws") for s in function.sources))  # fmt: skip
                 path = Path(self.folder.name, f"{name}_{tokens}_{kind[1]:d}{kind[2]:d}.py")
                 path.write_text(preamble(source.text) + "\n\n" + source.text)
                 files[kind] = (str(path), name, source)
@@ -253,7 +254,8 @@ class Tuner:
         leaves, reductions = facts["leaves"], facts["reductions"]
         for drawing in (NOTHING, self.drawing(1)) if facts["draws"] else (NOTHING,):
             values = self.values(function, launch, self.batch(1), drawing)
-            sizes = constants(option.form, option.tiles, leaves, reductions, values.get("draw")) | {"PDL": True}
+            draw = values["draw"] if facts["draws"] else None
+            sizes = constants(option.form, option.tiles, leaves, reductions, draw) | {"PDL": True}
             blocks, pointers = blocks_of(source, sizes), []
             for pointer in source.roles:
                 value = values[pointer.removesuffix("_ptr")]
@@ -358,7 +360,7 @@ class Tuner:
         """Launches a candidate in the place of `function`. values: parameter of the launch function -> argument."""
         source, t = option.source, option.tiles
         leaves, reductions = source.facts["leaves"], source.facts["reductions"]
-        sizes = constants(option.form, t, leaves, reductions, values.get("draw"))
+        sizes = constants(option.form, t, leaves, reductions, values["draw"] if source.facts["draws"] else None)
         blocks = -(-source.facts["rows"] // t.block_n)
         if option.form == "gemv":
             grid = (blocks,)

@@ -18,23 +18,22 @@ LINE = tl.constexpr(drawing.LINE)
 def keep_best(score, token, row, rows, best, temperature, seed_low, seed_high, lengths, DRAW: tl.constexpr, AXIS: tl.constexpr):
     """Of a tile of scores the best token of each row, kept if it is better than what other programs have found so far.
 
-    score: float32, a tile whose tokens lie along AXIS, or those of one row; token: its tokens, int32 in a shape that broadcasts
-    to the tile's; row: the rows of the tile without AXIS, those from `rows` on are none. The others as in Drawing, mode DRAW.
-    NaN beats all.
+    score: float32, a tile whose tokens lie along AXIS; token: its tokens, int32 in a shape that broadcasts to the tile's; row:
+    its rows, one-dimensional, those from `rows` on are none. The others as in Drawing, mode DRAW. NaN beats all.
     """
     there = row < rows
     if DRAW == 2:
-        heat = spread(tl.load(temperature + row, there, 0), score, AXIS)
+        heat = tl.load(temperature + row, there, 0).expand_dims(AXIS)
         length = tl.load(lengths + row, there, 0).to(tl.uint32)
-        low = spread(tl.load(seed_low + row, there, 0).to(tl.uint32) + length * 0x85EBCA6B, score, AXIS)
-        high = spread(tl.load(seed_high + row, there, 0).to(tl.uint32) ^ (length * 0xC2B2AE35), score, AXIS)
+        low = (tl.load(seed_low + row, there, 0).to(tl.uint32) + length * 0x85EBCA6B).expand_dims(AXIS)
+        high = (tl.load(seed_high + row, there, 0).to(tl.uint32) ^ (length * 0xC2B2AE35)).expand_dims(AXIS)
         # One value after another: the noise of a whole tile needs several times its registers.
         score = tl.map_elementwise(noisy, score, token, heat, low, high)
     missing = score != score
     score = tl.where(missing, float("inf"), score)
     token = tl.where(missing, -1, token)
     highest = tl.max(score, AXIS)
-    first = tl.min(tl.where(score == spread(highest, score, AXIS), token, 0x7FFFFFFF), AXIS)
+    first = tl.min(tl.where(score == highest.expand_dims(AXIS), token, 0x7FFFFFFF), AXIS)
     place = best + row // LINE * (SPREAD * LINE) + tl.program_id(0) % SPREAD * LINE + row % LINE
     tl.atomic_max(place, key(highest, first), there, sem="relaxed")
 
@@ -45,14 +44,6 @@ def noisy(score, token, heat, low, high):
     if heat >= GREEDY_BELOW:
         score = tl.div_rn(score, heat) + gumbel(token, low, high)
     return score
-
-
-@triton.jit
-def spread(x, tile, AXIS: tl.constexpr):
-    """What is one value a row, for each token of a tile."""
-    if len(tile.shape) > 1:
-        x = x.expand_dims(AXIS)
-    return x
 
 
 @triton.jit

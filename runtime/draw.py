@@ -20,7 +20,7 @@ from fusec.runtime.step_buffers import RING, StepBuffers
 
 BLOCK = 4096  # logits of a row that a program reads
 FEW_ROWS, SMALL_BLOCK = 4, 1024  # of so few rows, small blocks fill the GPU sooner
-NONE = tl.constexpr(drawing.NONE)
+EMPTY = tl.constexpr(drawing.EMPTY)
 
 
 @triton.jit
@@ -38,8 +38,9 @@ def _next(row, there, positions, context_lens, slots, tables, table_width, BLOCK
 def _take(best, row, there, result):
     """The tokens of rows, -1 where a logit is NaN; their places are emptied."""
     place = best + (row // LINE * (SPREAD * LINE) + row % LINE)[None, :] + tl.arange(0, SPREAD)[:, None] * LINE
-    chosen = token_of(tl.max(tl.load(place, there[None, :], NONE, cache_modifier=".cg"), 0))
-    tl.store(place, NONE, there[None, :])
+    chosen = token_of(tl.max(tl.load(place, there[None, :], EMPTY, cache_modifier=".cg"), 0))
+    tl.debug_barrier()  # whoever empties a place comes after all who read it
+    tl.store(place, EMPTY, there[None, :])
     tl.store(result + row, chosen, there)
     return chosen
 
@@ -63,8 +64,8 @@ def _draw(logits, temperature, seed_low, seed_high, lengths, thresholds, V, row_
           DRAW: tl.constexpr, FILTERS: tl.constexpr, BLOCK: tl.constexpr,
           ADVANCES: tl.constexpr, BLOCK_SIZE: tl.constexpr, RING: tl.constexpr, ROWS: tl.constexpr,
           PDL: tl.constexpr):  # fmt: skip
-    """Of BLOCK logits of a row the best token. The last program to arrive does as _settle, for all rows; and as that lets it
-    nothing start early."""
+    """Of BLOCK logits of a row the best token. The last program to arrive ends the step for all rows, as _settle does.
+    Nothing starts early either."""
     token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     own, row = tl.program_id(1) + tl.arange(0, 1), tl.arange(0, ROWS)
     there = row < rows
@@ -108,29 +109,24 @@ def _settle(best, result, ids, positions, context_lens, slots, tables, ring, cur
                  RING)  # fmt: skip
 
 
-def draw(logits: torch.Tensor, params, lengths: torch.Tensor, *, draws: bool, thresholds: torch.Tensor | None,
+def draw(logits: torch.Tensor, params, lengths: torch.Tensor, *, noise: bool, thresholds: torch.Tensor | None,
          buffers: StepBuffers | None = None) -> torch.Tensor:  # fmt: skip
     """int32 [R]: the token of each row, -1 where its logits hold a NaN.
 
-    logits: float32 [R, V], rows contiguous.  params: SamplingTensors.  lengths: as in Drawing.  draws: some row's temperature is
-    not 0.  thresholds: float32 [R], scores (logits over temperature) below which a row drops its tokens.  buffers: their first R
-    rows take the tokens, as by StepBuffers.advance.
+    logits: float32 [R, V], rows contiguous.  params, lengths, noise: as in Drawing.of.  thresholds: float32 [R], scores (logits
+    over temperature) below which a row drops its tokens.  buffers: their first R rows take the tokens, as by StepBuffers.advance.
     """
     (rows, vocab_size), device = logits.shape, logits.device
     block = BLOCK if rows > FEW_ROWS else SMALL_BLOCK
     best = buffers.best if buffers else places(rows, device)
+    how = Drawing.of(params, lengths, best, noise=noise)
     arrivals = buffers.arrivals if buffers else torch.zeros(1, dtype=torch.int32, device=device)
     result, arguments, named = _ending(best, rows, buffers)
     _draw[(triton.cdiv(vocab_size, block), rows)](
-        logits, params.temperature, params.seed_low, params.seed_high, lengths, thresholds, vocab_size, logits.stride(0),
-        arrivals, *arguments, DRAW=2 if draws else 1, FILTERS=thresholds is not None, BLOCK=block, **named,
+        logits, how.temperature, how.seed_low, how.seed_high, how.lengths, thresholds, vocab_size, logits.stride(0),
+        arrivals, *arguments, DRAW=how.mode, FILTERS=thresholds is not None, BLOCK=block, **named,
     )  # fmt: skip
     return result
-
-
-def drawing_of(params, lengths: torch.Tensor, buffers: StepBuffers, *, draws: bool) -> Drawing:
-    """How a program draws the first rows of `buffers`; the others as in `draw`."""
-    return Drawing(2 if draws else 1, buffers.best, params.temperature, params.seed_low, params.seed_high, lengths)
 
 
 def settle(best: torch.Tensor, rows: int, buffers: StepBuffers | None = None) -> torch.Tensor:

@@ -23,7 +23,8 @@ from fusec.runtime.program_cache import compile_once
 
 class Program(Protocol):
     """What the engine drives.  cache_bytes_per_token: over all layers.  supports_graphs: `forward` may be captured in a CUDA
-    graph.  draws: it may be given a Drawing, and then finds tokens instead of logits."""
+    graph.  draws: `forward` may be given a Drawing as well, and returns None where it
+    has kept best tokens instead of logits."""
 
     device: torch.device
     dtype: torch.dtype

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fusec.runtime.batch import Batch
+from fusec.runtime.drawing import Drawing
 from fusec.runtime.sampling import SampleResult, Variant, sample
 from fusec.runtime.sampling_state import SamplingState
 from fusec.runtime.scheduler import Plan, Sequence
@@ -147,19 +148,18 @@ class Runner:
         buffers = self.buffers
         batch = buffers.batch(count, max_context)
         params = self.sampling.select(slice(count), variant.adjusted)
-        if self.program.draws and variant.plain and count > 1:  # what one row stores is little, and meeting in its places is not
-            return SampleResult(self._draw(batch, params, variant))
-        result = sample(self.program.forward(batch), params, batch.context_lens, variant, buffers)
+        if self.program.draws and variant.plain:
+            from fusec.runtime.draw import settle
+
+            logits = self.program.forward(batch, Drawing.of(params, batch.context_lens, buffers.best, noise=variant.mode > 0))
+            if logits is None:
+                return SampleResult(settle(buffers.best, count, buffers))
+        else:
+            logits = self.program.forward(batch)
+        result = sample(logits, params, batch.context_lens, variant, buffers)
         if variant.adjusted:  # moving on has left it as it was whether a row is anybody's
             self.sampling.count(buffers.rows[:count].long(), result.tokens, batch.context_lens > 0)
         return result
-
-    def _draw(self, batch, params, variant):
-        """As `sample` of the logits, which are never in memory."""
-        from fusec.runtime.draw import drawing_of, settle
-
-        self.program.forward(batch, drawing_of(params, batch.context_lens, self.buffers, draws=variant.mode > 0))
-        return settle(self.buffers.best, len(batch.rows), self.buffers)
 
     def _mixed(self, plan):
         """Prefill chunks, together with sequences that decode."""

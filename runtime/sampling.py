@@ -197,13 +197,13 @@ def sample(logits: torch.Tensor, params: SamplingTensors, positions: torch.Tenso
         from fusec.runtime.draw import draw
     else:
         draw = _draw
-    tokens = draw(scores, params, positions, draws=variant.mode > 0, thresholds=thresholds, buffers=buffers)
+    tokens = draw(scores, params, positions, noise=variant.mode > 0, thresholds=thresholds, buffers=buffers)
     return _with_logprobs(logits, tokens) if variant.logprobs else SampleResult(tokens)
 
 
-def _draw(scores, params, positions, *, draws, thresholds, buffers):
+def _draw(scores, params, positions, *, noise, thresholds, buffers):
     """See draw.draw, which is this for the GPU."""
-    if draws:
+    if noise:
         heated = scores / _heat(params)
         if thresholds is not None:
             heated = torch.where(heated < thresholds[:, None], -math.inf, heated)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusec.runtime.batch import Batch
-from fusec.runtime.drawing import NONE, places
+from fusec.runtime.drawing import EMPTY, places
 
 RING = 8  # steps whose tokens may wait to be read
 
@@ -80,7 +80,7 @@ class StepBuffers:
     def restart(self) -> None:
         """Every row is padding and nothing is under way, whatever a step that failed has left."""
         self.clear(slice(None))
-        self.best.fill_(NONE)
+        self.best.fill_(EMPTY)
         self.arrivals.zero_()
 
     def clear(self, row: int | slice) -> None:

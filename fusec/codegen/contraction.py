@@ -150,11 +150,11 @@ class Contraction:
 
     @property
     def makes_logits(self) -> bool:
-        """Whether all that is made is one float32 of each row and token, in their order: logits."""
+        """Whether all that is made is one float32 of each row and token, in their order and by a kernel of our own: logits."""
         (segment, *rest), (output, *more) = self.segments, self.body.outputs
         (piece, *others) = segment.pieces
         in_order = dict(zip([d.name for d in segment.dims], row_major(segment.dims), strict=True))
-        alone = not rest and not more and not others and segment.chunks == 1 and self.row_dim in output.names
+        alone = not rest and not more and not others and segment.chunks == 1 and self.plain_sum() is None
         return alone and output.dtype == "f32" and piece.value is output and piece.strides == in_order and not piece.offset
 
     @property

@@ -20,7 +20,8 @@ class Form:
     reduce: the axis along which a tile of x is reduced, and how the result is spread again.  tiles: launch constants.  many:
     whether a program works on several tokens.  multiplies: whether it contracts (or the vendor's matmul does).  scratch: pointers
     it takes.  gluon: whether it is written in Gluon, with tiles of the weight and of x described to the bulk copy engine.
-    bounds: the first and the last row of a tile.  tokens: those of a tile, on one line.  axis: of a tile of results, its rows'.
+    bounds: the first and the last row of a tile.  tokens: those of a tile, on one line; None where none are drawn:
+    one row's logits are cheaper to store.  axis: along which a tile of results has the rows of the weight.
     """
 
     reduce: str
@@ -30,19 +31,18 @@ class Form:
     scratch: tuple[str, ...] = ()
     gluon: bool = False
     bounds: tuple[str, str] = ("tl.min(n)", "tl.max(n)")
-    tokens: str = "tl.reshape(t, [BLOCK_M])"
+    tokens: str | None = "tl.reshape(t, [BLOCK_M])"
     axis: int = 1
 
 
 FORMS = {
-    "gemv": Form("0)", ("BLOCK_N", "BLOCK_K", "STAGES", "PDL"), many=False, tokens="tl.full([], 0, tl.int32)",
-                 axis=0),
+    "gemv": Form("0)", ("BLOCK_N", "BLOCK_K", "STAGES", "PDL"), many=False, tokens=None),
     "skinny": Form("0)[None, :]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS", "STAGES", "PDL"),
                    scratch=("partial", "arrivals"), axis=0),
     "stream": Form("1)", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS", "STAGES", "PDL"), scratch=("partial", "arrivals"),
                    gluon=True, bounds=("n_0", "n_0 + BLOCK_N - 1"), tokens="t_line", axis=0),
     "matmul": Form("1)[:, None]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "STAGES", "PDL")),
-    "stats": Form("1)[:, None]", ("BLOCK_M", "BLOCK_K", "PDL"), multiplies=False, scratch=("stats",)),
+    "stats": Form("1)[:, None]", ("BLOCK_M", "BLOCK_K", "PDL"), multiplies=False, scratch=("stats",), tokens=None),
     "epilogue": Form("1)[:, None]", ("BLOCK_M", "BLOCK_N", "PDL"), multiplies=False, scratch=("product", "stats")),
 }
 
@@ -56,7 +56,8 @@ def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_
     many ("matmul"), or what the vendor's matmul leaves to do ("stats", "epilogue").
 
     Masks are left out where blocks divide the sizes: block_n and block_k are the least divisible of the tiles that it will be
-    launched with.  draws: what it makes are the program's logits, and instead of storing them it can keep each row's best token.
+    launched with.  draws: what it makes are the program's logits, and instead of storing them it may keep each row's best
+    token, in the forms for several.
     """
     parts = parts or Contraction(kernel.attrs["body"])
     return ContractionWriter(form, dtype, block_n, block_k, parts, draws).source(name, comment)
@@ -68,7 +69,7 @@ class ContractionWriter(Writer):
     def __init__(self, form, dtype, block_n, block_k, parts: Contraction, draws: bool):
         super().__init__(parts.body, dtype)
         self.form, self.shape, self.parts = form, FORMS[form], parts
-        self.block_n, self.block_k, self.draws = block_n, block_k, draws and form != "stats"
+        self.block_n, self.block_k, self.draws = block_n, block_k, draws and FORMS[form].tokens is not None
         self.masked_k, self.masked_n = bool(parts.k % block_k), bool(parts.n % block_n)
         self.many = self.shape.many
         self.row = Index("t", ("t_mask",)) if self.many else Index("0")
@@ -318,8 +319,7 @@ class ContractionWriter(Writer):
         if masks:
             logits = f'tl.where({" & ".join(masks)}, {logits}, float("-inf"))'
         drawing = ", ".join(self.params.pointer(name, ("drawing", name)) for name in DRAWING)
-        rows = f"{self.shape.tokens}, {'T' if self.many else '1'}"
-        return ["if DRAW:", f"    keep_best({logits}, {token}, {rows}, {drawing}, DRAW, {self.shape.axis})"]
+        return ["if DRAW:", f"    keep_best({logits}, {token}, {self.shape.tokens}, T, {drawing}, DRAW, {self.shape.axis})"]
 
 
 def flat_offset(piece, dims, index: str, coords) -> str:

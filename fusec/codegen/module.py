@@ -250,7 +250,7 @@ class Builder:
         if self.module.draws:
             lines = [
                 "def step(m, b, d=NOTHING):",
-                '    """Logits of the wanted rows: float32 [N, V]. None if `d` draws: their best tokens are in d.best then."""',
+                '    """Logits of the wanted rows: float32 [N, V]. None if `d` draws several: d.best has their best tokens."""',
             ]
         else:
             lines = ["def step(m, b):", '    """Logits of the wanted rows: float32 [N, V]."""']
@@ -258,7 +258,7 @@ class Builder:
         lines += [
             "    w, c = m.weights, m.caches",
             "    T, N = b.ids.shape[0], b.rows.shape[0]",
-            f"    logits = {'None if d.mode else ' if self.module.draws else ''}{made}",
+            f"    logits = {f'None if d.mode and {rows} > 1 else ' if self.module.draws else ''}{made}",
         ]
         lines += [f"    {launch.function}({', '.join(launch.arguments)})" for launch in self.module.launches]
         lines += ["    return logits"]

@@ -22,14 +22,14 @@ if INTERPRETED:
     @pytest.mark.parametrize("count", [1, 3, 19, 70])
     @pytest.mark.parametrize("example", ["qwen3", "gemma2"])  # whose logits are capped
     def test_tokens(example, count):
-        check_drawing(interpreted(example), count, draws=False)
+        check_drawing(interpreted(example), count, noise=False)
 
     def test_rows_that_are_not_numbers():
         """A table of embeddings with a hole."""
         program = interpreted("qwen3")
         (name,) = [name for name in program.weights if "embed" in name]
         program.weights[name][:51] = torch.nan
-        assert -1 in check_drawing(program, 19, draws=False)
+        assert -1 in check_drawing(program, 19, noise=False)
 
 else:
 

@@ -22,11 +22,11 @@ def program(request):
     return TritonProgram(compiled, loader, torch.bfloat16, torch.device("cuda"), max_tokens=400)
 
 
-@pytest.mark.parametrize("draws", [False, True])
+@pytest.mark.parametrize("noise", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 16, 31, 64, 100, 260, 400])
-def test_tokens(program, count, draws):
+def test_tokens(program, count, noise):
     for seed in range(4):
-        check_drawing(program, count, draws, seed)
+        check_drawing(program, count, noise, seed)
 
 
 def test_rows_that_are_not_numbers(program):
@@ -36,6 +36,6 @@ def test_rows_that_are_not_numbers(program):
         for count in (3, 31, 100):
             batch = decode_batch(count, program.vocab_size, "cuda", 0)
             program.weights[name].copy_(kept)[batch.ids[1].long()] = torch.nan
-            assert check_drawing(program, count, draws=True)[1] == -1
+            assert check_drawing(program, count, noise=True)[1] == -1
     finally:
         program.weights[name].copy_(kept)

@@ -5,7 +5,7 @@ import torch
 from fake_program import FakeProgram
 from test_llm_fake import EOS, KINDS, PROMPTS, VOCAB, FakeTokenizer, answers
 
-from fusec.runtime.drawing import NONE
+from fusec.runtime.drawing import EMPTY
 from fusec.runtime.llm import LLM
 from fusec.runtime.loading import Model
 from fusec.runtime.sampling import SamplingParams, Variant, sample
@@ -89,7 +89,7 @@ def test_a_step_ends_the_same_in_torch_and_in_triton(kind):
         for name in ("ids", "positions", "context_lens", "slots", "ring", "cursor"):
             cpu, gpu = (getattr(buffers, name).cpu() for buffers, _ in pairs)
             assert torch.equal(cpu, gpu), name
-        assert (pairs[1][0].best == NONE).all() and not pairs[1][0].arrivals.any()
+        assert (pairs[1][0].best == EMPTY).all() and not pairs[1][0].arrivals.any()
 
 
 @pytest.mark.parametrize("vocab_size", [7, 1024, 50001])

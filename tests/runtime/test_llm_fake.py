@@ -7,7 +7,7 @@ import torch
 from fake_program import FakeProgram
 
 from fusec.errors import UserError
-from fusec.runtime.drawing import NONE
+from fusec.runtime.drawing import EMPTY
 from fusec.runtime.llm import LLM
 from fusec.runtime.loading import Model
 from fusec.runtime.sampling import SamplingParams
@@ -210,7 +210,7 @@ def test_interrupt_leaves_nothing_behind(run_ahead, alone, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS, GREEDY)
     assert llm.engine.allocator.num_used == 0 and not llm.engine.busy
-    assert (buffers.best == NONE).all() and not buffers.arrivals.any()
+    assert (buffers.best == EMPTY).all() and not buffers.arrivals.any()
     assert answers(llm.generate(PROMPTS, GREEDY)) == alone[0]
 
 

@@ -295,12 +295,12 @@ def rows(T, x, x_2, post_feedforward_layernorm, out):
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
 
 
-def embed_tokens(draw, N, embed_tokens, rows, x, norm, best, temperature, seed_low, seed_high, lengths, out, partial,
+def embed_tokens(draw, N, embed_tokens, rows, x, norm, out, best, temperature, seed_low, seed_high, lengths, partial,
         arrivals):
     if N == 1:
         kernels.embed_tokens_gemv[(triton.cdiv(256000, 8),)](
-            embed_tokens, rows, x, norm, best, temperature, seed_low, seed_high, lengths, out,
-            BLOCK_N=8, BLOCK_K=1024, STAGES=1, DRAW=draw, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            embed_tokens, rows, x, norm, out,
+            BLOCK_N=8, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif N <= 16:
         kernels.embed_tokens_skinny[(triton.cdiv(N, 16) * triton.cdiv(256000, 32), 1)](
             embed_tokens, rows, x, norm, best, temperature, seed_low, seed_high, lengths, out, partial, arrivals, N,
@@ -320,10 +320,10 @@ def embed_tokens(draw, N, embed_tokens, rows, x, norm, best, temperature, seed_l
 
 
 def step(m, b, d=NOTHING):
-    """Logits of the wanted rows: float32 [N, V]. None if `d` draws: their best tokens are in d.best then."""
+    """Logits of the wanted rows: float32 [N, V]. None if `d` draws several: d.best has their best tokens."""
     w, c = m.weights, m.caches
     T, N = b.ids.shape[0], b.rows.shape[0]
-    logits = None if d.mode else torch.empty((N, 256000), dtype=torch.float32, device=b.ids.device)
+    logits = None if d.mode and N > 1 else torch.empty((N, 256000), dtype=torch.float32, device=b.ids.device)
     embed_tokens_positions(T, b.ids, w["model.embed_tokens"], m.x, b.positions, w["constants.table"], m.cos, m.sin)
     q_k_v_proj(m, T, w["model.layers.0.q_k_v_proj"], m.x, w["constants.constant"], m.cos, m.sin, m.x_2,
             c["model.layers.0.self_attn.k"], b.slots, c["model.layers.0.self_attn.v"], m.partial, m.arrivals)
@@ -342,6 +342,6 @@ def step(m, b, d=NOTHING):
     gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x, m.rsqrt_3, m.x_9, m.partial, m.arrivals)
     down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_9, m.x_10, m.partial, m.arrivals)
     rows(T, m.x_10, m.x, w["model.layers.1.post_feedforward_layernorm"], m.x_11)
-    embed_tokens(d.mode, N, w["model.embed_tokens"], b.rows, m.x_11, w["model.norm"], d.best, d.temperature,
-            d.seed_low, d.seed_high, d.lengths, logits, m.partial, m.arrivals)
+    embed_tokens(d.mode, N, w["model.embed_tokens"], b.rows, m.x_11, w["model.norm"], logits, d.best, d.temperature,
+            d.seed_low, d.seed_high, d.lengths, m.partial, m.arrivals)
     return logits

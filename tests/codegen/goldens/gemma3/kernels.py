@@ -1892,9 +1892,8 @@ def rows(x_ptr, x_2_ptr, post_feedforward_layernorm_ptr, out_ptr, T, BLOCK_M: tl
 
 
 @triton.jit
-def embed_tokens_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, best_ptr, temperature_ptr, seed_low_ptr,
-                      seed_high_ptr, lengths_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                      STAGES: tl.constexpr, DRAW: tl.constexpr, PDL: tl.constexpr):
+def embed_tokens_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BLOCK_N: tl.constexpr,
+                      BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:59   h + post_feedforward_layernorm(mlp(pre_feedforward_layernorm(h)))
@@ -1929,12 +1928,7 @@ def embed_tokens_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, best_ptr, tem
     mean = tl.sum(mean_k, 0) / 1152
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    logits = y0 * rsqrt
-    if DRAW:
-        keep_best(logits, n, tl.full([], 0, tl.int32), 1, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
-                lengths_ptr, DRAW, 0)
-    else:
-        tl.store(out_ptr + n, logits)
+    tl.store(out_ptr + n, y0 * rsqrt)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -1209,9 +1209,8 @@ def c_proj_2_epilogue(x_2_ptr, c_proj_bias_ptr, out_ptr, product_ptr, T, BLOCK_M
 
 
 @triton.jit
-def wte_gemv(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
-             lengths_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-             DRAW: tl.constexpr, PDL: tl.constexpr):
+def wte_gemv(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+             STAGES: tl.constexpr, PDL: tl.constexpr):
     # gpt2.fuse:37   h + mlp(ln_2(h))
     # gpt2.fuse:47   lm_head(ln_f(h(x, pos)))
     ROWS: tl.constexpr = 50257
@@ -1264,12 +1263,7 @@ def wte_gemv(wte_ptr, rows_ptr, x_ptr, ln_f_ptr, ln_f_bias_ptr, best_ptr, temper
         x_4 = ((v_2 * tl.rsqrt(mean_2 + 1e-05)) * ln_f) + ln_f_bias
         acc0 += w0.to(tl.float32) * x_4[None, :]
     y0 = tl.sum(acc0, 1)
-    logits = y0
-    if DRAW:
-        keep_best(tl.where(n_mask, logits, float("-inf")), n, tl.full([], 0, tl.int32), 1, best_ptr, temperature_ptr,
-                seed_low_ptr, seed_high_ptr, lengths_ptr, DRAW, 0)
-    else:
-        tl.store(out_ptr + n, logits, mask=n_mask)
+    tl.store(out_ptr + n, y0, mask=n_mask)
 
 
 @triton.jit(do_not_specialize=["T"])

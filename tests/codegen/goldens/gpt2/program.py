@@ -180,12 +180,12 @@ def c_proj_2(m, T, c_proj, x, x_2, c_proj_bias, out, partial, arrivals):
             BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def wte(draw, N, wte, rows, x, ln_f, ln_f_bias, best, temperature, seed_low, seed_high, lengths, out, partial,
+def wte(draw, N, wte, rows, x, ln_f, ln_f_bias, out, best, temperature, seed_low, seed_high, lengths, partial,
         arrivals):
     if N == 1:
         kernels.wte_gemv[(triton.cdiv(50257, 8),)](
-            wte, rows, x, ln_f, ln_f_bias, best, temperature, seed_low, seed_high, lengths, out,
-            BLOCK_N=8, BLOCK_K=1024, STAGES=1, DRAW=draw, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            wte, rows, x, ln_f, ln_f_bias, out,
+            BLOCK_N=8, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif N <= 16:
         kernels.wte_skinny[(triton.cdiv(N, 16) * triton.cdiv(50257, 32), 1)](
             wte, rows, x, ln_f, ln_f_bias, best, temperature, seed_low, seed_high, lengths, out, partial, arrivals, N,
@@ -205,10 +205,10 @@ def wte(draw, N, wte, rows, x, ln_f, ln_f_bias, best, temperature, seed_low, see
 
 
 def step(m, b, d=NOTHING):
-    """Logits of the wanted rows: float32 [N, V]. None if `d` draws: their best tokens are in d.best then."""
+    """Logits of the wanted rows: float32 [N, V]. None if `d` draws several: d.best has their best tokens."""
     w, c = m.weights, m.caches
     T, N = b.ids.shape[0], b.rows.shape[0]
-    logits = None if d.mode else torch.empty((N, 50257), dtype=torch.float32, device=b.ids.device)
+    logits = None if d.mode and N > 1 else torch.empty((N, 50257), dtype=torch.float32, device=b.ids.device)
     wte_wpe(T, b.ids, w["transformer.wte"], b.positions, w["transformer.wpe"], m.x)
     c_attn(T, w["transformer.h.0.attn.c_attn"], m.x, w["transformer.h.0.ln_1"], w["transformer.h.0.ln_1_bias"],
             w["transformer.h.0.attn.c_attn_bias"], m.x_2, w["transformer.h.0.attn.c_attn_bias_2"],
@@ -232,6 +232,6 @@ def step(m, b, d=NOTHING):
             w["transformer.h.1.mlp.c_fc_bias"], m.x_3, m.partial, m.arrivals)
     c_proj_2(m, T, w["transformer.h.1.mlp.c_proj"], m.x_3, m.x_2, w["transformer.h.1.mlp.c_proj_bias"], m.x, m.partial,
             m.arrivals)
-    wte(d.mode, N, w["transformer.wte"], b.rows, m.x, w["transformer.ln_f"], w["transformer.ln_f_bias"], d.best,
-            d.temperature, d.seed_low, d.seed_high, d.lengths, logits, m.partial, m.arrivals)
+    wte(d.mode, N, w["transformer.wte"], b.rows, m.x, w["transformer.ln_f"], w["transformer.ln_f_bias"], logits,
+            d.best, d.temperature, d.seed_low, d.seed_high, d.lengths, m.partial, m.arrivals)
     return logits

@@ -275,11 +275,11 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
         torch.addmm(x_2[:T], x[:T], down_proj.view(4096, 14336).t(), out=out[:T])
 
 
-def lm_head(m, b, draw, N, lm_head, rows, x, best, temperature, seed_low, seed_high, lengths, out, partial, arrivals):
+def lm_head(m, b, draw, N, lm_head, rows, x, out, best, temperature, seed_low, seed_high, lengths, partial, arrivals):
     if N == 1:
         kernels.lm_head_gemv[(triton.cdiv(32000, 4),)](
-            lm_head, rows, x, best, temperature, seed_low, seed_high, lengths, out,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=1, DRAW=draw, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            lm_head, rows, x, out,
+            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(32000, 64), 1)](
             tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 16, 128), best, temperature, seed_low,
@@ -317,10 +317,10 @@ def lm_head(m, b, draw, N, lm_head, rows, x, best, temperature, seed_low, seed_h
 
 
 def step(m, b, d=NOTHING):
-    """Logits of the wanted rows: float32 [N, V]. None if `d` draws: their best tokens are in d.best then."""
+    """Logits of the wanted rows: float32 [N, V]. None if `d` draws several: d.best has their best tokens."""
     w, c = m.weights, m.caches
     T, N = b.ids.shape[0], b.rows.shape[0]
-    logits = None if d.mode else torch.empty((N, 32000), dtype=torch.float32, device=b.ids.device)
+    logits = None if d.mode and N > 1 else torch.empty((N, 32000), dtype=torch.float32, device=b.ids.device)
     embed_tokens_positions(T, b.ids, w["model.embed_tokens"], m.x, b.positions, w["constants.table"], m.cos, m.sin)
     q_k_v_proj(m, T, w["model.layers.0.q_k_v_proj"], m.x, m.cos, m.sin, m.x_2, c["model.layers.0.self_attn.k"],
             b.slots, c["model.layers.0.self_attn.v"], m.partial, m.arrivals)
@@ -334,6 +334,6 @@ def step(m, b, d=NOTHING):
     o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.attended, m.x, m.x_4, m.partial, m.arrivals)
     gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_4, m.x_5, m.partial, m.arrivals)
     down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_5, m.x_4, m.x, m.partial, m.arrivals)
-    lm_head(m, b, d.mode, N, w["lm_head"], b.rows, m.x, d.best, d.temperature, d.seed_low, d.seed_high, d.lengths,
-            logits, m.partial, m.arrivals)
+    lm_head(m, b, d.mode, N, w["lm_head"], b.rows, m.x, logits, d.best, d.temperature, d.seed_low, d.seed_high,
+            d.lengths, m.partial, m.arrivals)
     return logits

@@ -1436,9 +1436,8 @@ def rows_2(x_ptr, x_2_ptr, post_feedforward_layernorm_ptr, out_ptr, T, BLOCK_M: 
 
 
 @triton.jit
-def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr, lengths_ptr,
-                 out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DRAW: tl.constexpr,
-                 PDL: tl.constexpr):
+def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                 STAGES: tl.constexpr, PDL: tl.constexpr):
     # olmo2.fuse:21   h = f32(x)
     # olmo2.fuse:22   f32(weight) * h * rsqrt(mean[I](h^2) + eps) as x
     # olmo2.fuse:51   h + post_feedforward_layernorm(mlp(h))
@@ -1467,12 +1466,7 @@ def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, best_ptr, temperature_ptr, seed_l
     mean = tl.sum(mean_k, 0) / 4096
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
-    logits = y0 * rsqrt
-    if DRAW:
-        keep_best(logits, n, tl.full([], 0, tl.int32), 1, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
-                lengths_ptr, DRAW, 0)
-    else:
-        tl.store(out_ptr + n, logits)
+    tl.store(out_ptr + n, y0 * rsqrt)
 
 
 @gluon.jit

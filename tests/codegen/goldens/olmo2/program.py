@@ -253,11 +253,11 @@ def rows_2(T, x, x_2, post_feedforward_layernorm, out):
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=PDL)
 
 
-def lm_head(m, b, draw, N, lm_head, rows, x, best, temperature, seed_low, seed_high, lengths, out, partial, arrivals):
+def lm_head(m, b, draw, N, lm_head, rows, x, out, best, temperature, seed_low, seed_high, lengths, partial, arrivals):
     if N == 1:
         kernels.lm_head_gemv[(triton.cdiv(100352, 4),)](
-            lm_head, rows, x, best, temperature, seed_low, seed_high, lengths, out,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=1, DRAW=draw, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            lm_head, rows, x, out,
+            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(100352, 64), 1)](
             tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 16, 128), best, temperature, seed_low,
@@ -295,10 +295,10 @@ def lm_head(m, b, draw, N, lm_head, rows, x, best, temperature, seed_low, seed_h
 
 
 def step(m, b, d=NOTHING):
-    """Logits of the wanted rows: float32 [N, V]. None if `d` draws: their best tokens are in d.best then."""
+    """Logits of the wanted rows: float32 [N, V]. None if `d` draws several: d.best has their best tokens."""
     w, c = m.weights, m.caches
     T, N = b.ids.shape[0], b.rows.shape[0]
-    logits = None if d.mode else torch.empty((N, 100352), dtype=torch.float32, device=b.ids.device)
+    logits = None if d.mode and N > 1 else torch.empty((N, 100352), dtype=torch.float32, device=b.ids.device)
     embed_tokens_positions(T, b.ids, w["model.embed_tokens"], m.x, b.positions, w["constants.table"], m.cos, m.sin)
     q_k_v_proj(m, T, w["model.layers.0.self_attn.q_k_v_proj"], m.x, m.x_2, m.x_3, c["model.layers.0.self_attn.v"],
             b.slots, m.partial, m.arrivals)
@@ -322,6 +322,6 @@ def step(m, b, d=NOTHING):
     gate_up_proj(m, T, w["model.layers.1.mlp.gate_up_proj"], m.x, m.x_7, m.partial, m.arrivals)
     down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_7, m.x_8, m.partial, m.arrivals)
     rows_2(T, m.x_8, m.x, w["model.layers.1.post_feedforward_layernorm"], m.x_6)
-    lm_head(m, b, d.mode, N, w["lm_head"], b.rows, m.x_6, d.best, d.temperature, d.seed_low, d.seed_high, d.lengths,
-            logits, m.partial, m.arrivals)
+    lm_head(m, b, d.mode, N, w["lm_head"], b.rows, m.x_6, logits, d.best, d.temperature, d.seed_low, d.seed_high,
+            d.lengths, m.partial, m.arrivals)
     return logits

@@ -1666,9 +1666,8 @@ def down_proj_matmul(down_proj_ptr, x_ptr, x_2_ptr, out_ptr, T, BLOCK_M: tl.cons
 
 
 @triton.jit
-def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr, lengths_ptr,
-                 out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DRAW: tl.constexpr,
-                 PDL: tl.constexpr):
+def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                 STAGES: tl.constexpr, PDL: tl.constexpr):
     # phi3.fuse:43   h + mlp(post_attention_layernorm(h))
     # phi3.fuse:53   lm_head(norm(x))
     K: tl.constexpr = 3072
@@ -1695,12 +1694,7 @@ def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, best_ptr, temperature_ptr, seed_l
     mean = tl.sum(mean_k, 0) / 3072
     v = mean + 1e-05
     rsqrt = tl.rsqrt(v)
-    logits = y0 * rsqrt
-    if DRAW:
-        keep_best(logits, n, tl.full([], 0, tl.int32), 1, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
-                lengths_ptr, DRAW, 0)
-    else:
-        tl.store(out_ptr + n, logits)
+    tl.store(out_ptr + n, y0 * rsqrt)
 
 
 @gluon.jit
