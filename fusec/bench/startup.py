@@ -1,6 +1,6 @@
 """Start-up: from the start of Python to the first token, random weights, in processes of their own.
 
-    first_s   with empty compile caches (Triton's and ours are pointed at an empty folder)
+    first_s   with empty caches (Triton's, ours and that of Python's bytecode are pointed at an empty folder)
     again_s   the same once more; the other columns are its phases
 """
 
@@ -53,7 +53,9 @@ def bench_startup(models: list[str], *, device: str = "auto", dtype: str = "auto
 
 def run_once(config: dict, device: str, dtype: str, caches: str) -> tuple[float, list[float]]:
     """(seconds of a whole process that answers with one token, its phases: imports, load, first token)."""
-    environment = os.environ | {"TRITON_CACHE_DIR": f"{caches}/triton", "FUSEC_CACHE": f"{caches}/fusec"}
+    environment = os.environ | {"TRITON_CACHE_DIR": f"{caches}/triton", "FUSEC_CACHE": f"{caches}/fusec",
+                                "PYTHONPYCACHEPREFIX": f"{caches}/python"}  # fmt: skip
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # torch's 1100 modules compiled anew are 2 s more
     command = [sys.executable, "-c", CHILD, json.dumps([config, device, dtype])]
     clock = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
