@@ -99,6 +99,7 @@ def record(compiled, program, target: str) -> list[Variant]:
 
     from .runtime.batch import Batch
     from .runtime.drawing import Drawing, places
+    from .runtime.row_sums import RowSums
     from .runtime.triton_program import TritonProgram
 
     class OnPaper(TritonProgram):
@@ -114,6 +115,8 @@ def record(compiled, program, target: str) -> list[Variant]:
             for name, (_, numel, kind) in compiled.module.buffers.items():
                 setattr(self, name, self.empty(self.max_tokens, numel, dtype=getattr(torch, kind)))
             self.partial, self.arrivals = self.empty(1, dtype=torch.float32), self.empty(1)
+            for name in ("no_sums", *compiled.module.sums):
+                setattr(self, name, RowSums(1, self.device))
             self._scratch, self._growing = {}, {}
             self.allocate_cache(1, BLOCK_SIZE)
 
@@ -124,7 +127,8 @@ def record(compiled, program, target: str) -> list[Variant]:
             tokens, sequences, empty = step.tokens, step.sequences, self.empty
             return Batch(ids=empty(tokens), positions=empty(tokens), slots=empty(tokens, dtype=torch.int64),
                          query_starts=empty(sequences + 1), context_lens=empty(sequences), block_tables=empty(sequences, TABLE),
-                         rows=empty(sequences), max_query=tokens // sequences, max_context=step.context)
+                         rows=empty(sequences), max_query=tokens // sequences, max_context=step.context,
+                         every=tokens == sequences)
 
         def drawings(self, step: Step) -> list[tuple]:
             """All ways in which a step may end, as its last arguments."""

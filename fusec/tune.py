@@ -34,8 +34,10 @@ from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, form_of, tiles
 from fusec.codegen.contraction import Contraction
 from fusec.codegen.contraction_kernel import contraction
 from fusec.codegen.module import preamble
+from fusec.codegen.row_sums import Handovers, handovers
 from fusec.runtime.batch import Batch
 from fusec.runtime.drawing import NOTHING, Drawing, places
+from fusec.runtime.row_sums import RowSums
 from fusec.runtime.tiles import tiles as in_tiles
 
 FEW = 24  # of a kernel's candidates that are tried in the whole step
@@ -60,10 +62,11 @@ class Candidate:
     source: object = field(compare=False, repr=False)
 
 
-def constants(form: str, tiles, leaves: int, reductions: int, draw: int | None = None) -> dict:
-    """A contraction kernel's launch constants.  reductions: how many a row it makes.  draw: the mode, where it may
-    draw."""
-    table = {} if draw is None else {"DRAW": draw}
+def constants(form: str, tiles, leaves: int, reductions: int, draw: int | None = None, handed: bool | None = None) -> dict:
+    """A contraction kernel's launch constants.  reductions: how many a row it makes.  draw: the mode, where it may draw.
+    handed: whether it finds its row reductions, where it may."""
+    table = {"DRAW": draw, "HANDED": handed}
+    table = {name: value for name, value in table.items() if value is not None}
     table |= {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "STAGES": tiles.stages}
     if form != "gemv":
         table["BLOCK_M"] = tiles.block_m
@@ -129,6 +132,7 @@ class Tuner:
         self.folder = tempfile.TemporaryDirectory(prefix="fusec-tune-")  # goes with the tuner
         self.pool = ProcessPoolExecutor(workers or max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn"))
         self.contractions = [f for f in self.module.functions if f.kernel.attrs["kind"] == "contract"]
+        self.handovers = handovers(self.module.graph) if self.contractions else Handovers({}, {})
         self.batches: dict[int, Batch] = {}
         self.drawings: dict[int, Drawing] = {}  # kept: captured steps write there
 
@@ -217,8 +221,10 @@ class Tuner:
             kind = (form_of(tiles), bool(parts.k % tiles.block_k), bool(parts.n % tiles.block_n))
             if kind not in files:
                 name = f"{function.name}_{kind[0]}"
+                draws = any(s.facts.get("draws") for s in function.sources)
+                hands = self.handovers.makes.get(function.kernel), function.kernel in self.handovers.takes
                 source = contraction(function.kernel, name, kind[0], [], self.module.dtype, tiles.block_n, tiles.block_k, parts,
-                                     any(s.facts.get("draws") for s in function.sources))  # fmt: skip
+                                     draws, *hands)  # fmt: skip
                 path = Path(self.folder.name, f"{name}_{tokens}_{kind[1]:d}{kind[2]:d}.py")
                 path.write_text(preamble(source.text) + "\n\n" + source.text)
                 files[kind] = (str(path), name, source)
@@ -246,6 +252,11 @@ class Tuner:
             return
         p.partial = torch.empty(max(p.partial.numel(), most * (columns + 4096)), dtype=torch.float32, device=p.device)
         p.arrivals = torch.zeros(max(p.arrivals.numel(), columns), dtype=torch.int32, device=p.device)
+        narrow = min((o.tiles.block_n for o in options if o.form == "stream"), default=1)
+        most = max((o.tiles.tokens * o.source.facts["rows"] * o.source.facts["makes"] for o in options if o.form == "stream"),
+                   default=0)  # fmt: skip
+        for name in self.module.sums:
+            setattr(p, name, RowSums(max(getattr(p, name).place.numel(), most // narrow), p.device))
 
     def job(self, function, option: Candidate):
         source = option.source
@@ -255,13 +266,15 @@ class Tuner:
         for drawing in (NOTHING, self.drawing(1)) if facts["draws"] else (NOTHING,):
             values = self.values(function, launch, self.batch(1), drawing)
             draw = values["draw"] if facts["draws"] else None
-            sizes = constants(option.form, option.tiles, leaves, reductions, draw) | {"PDL": True}
+            handed = True if facts["takes"] else None
+            sizes = constants(option.form, option.tiles, leaves, reductions, draw, handed) | {"PDL": True}
             blocks, pointers = blocks_of(source, sizes), []
             for pointer in source.roles:
                 value = values[pointer.removesuffix("_ptr")]
+                value = value.place if isinstance(value, RowSums) else value
                 kind = None if value is None else str(value.dtype).removeprefix("torch.")
                 pointers.append((kind, facts["k"], blocks[pointer]) if pointer in blocks else kind)
-            variants.append(([*pointers, *([33] if option.form != "gemv" else [])], sizes))
+            variants.append(([*pointers, *([33] if option.form != "gemv" else []), *([17] if handed else [])], sizes))
         options = {**launch_options(option.form, option.tiles, leaves, reductions), "launch_pdl": True}
         return option.path, option.name, options, variants
 
@@ -360,13 +373,16 @@ class Tuner:
         """Launches a candidate in the place of `function`. values: parameter of the launch function -> argument."""
         source, t = option.source, option.tiles
         leaves, reductions = source.facts["leaves"], source.facts["reductions"]
-        sizes = constants(option.form, t, leaves, reductions, values["draw"] if source.facts["draws"] else None)
+        found = values[source.facts["takes"]] if source.facts["takes"] else None
+        draw = values["draw"] if source.facts["draws"] else None
+        sizes = constants(option.form, t, leaves, reductions, draw, found and found.parts > 0)
         blocks = -(-source.facts["rows"] // t.block_n)
         if option.form == "gemv":
             grid = (blocks,)
         else:
             grid = (-(-tokens // t.block_m) * blocks, getattr(t, "splits", 1))
         arguments = [values[p.removesuffix("_ptr")] for p in source.roles]
+        arguments = [value.place if isinstance(value, RowSums) else value for value in arguments]
         for pointer, block in blocks_of(source, sizes).items():
             at, bound = list(source.roles).index(pointer), None if pointer == source.facts["described"][0] else tokens
             x = arguments[at][:bound]
@@ -374,13 +390,17 @@ class Tuner:
                 x = self.program.picked(arguments[at], self.batch(tokens))
             arguments[at] = in_tiles(x, source.facts["k"], *block)
         arguments += [tokens] if option.form != "gemv" else []
+        arguments += [found.parts] if found else []
         kernel = getattr(load_kernels(option.path), option.name)
         kernel[grid](*arguments, **sizes, PDL=True, **launch_options(option.form, t, leaves, reductions), launch_pdl=True)
+        if "out_sums" in values:
+            values["out_sums"].parts = blocks if source.facts["makes"] else 0
 
     def alone(self, function, form, tokens, options, futures, deadline) -> list[tuple[float, Candidate]]:
         """(µs a launch, candidate), the fastest first: over all layers in turn."""
         batch = self.batch(tokens)
         launches = [n for n in self.module.launches if n.function == function.name]
+        self.program.forward(batch, self.drawing(tokens))  # row reductions are found where they are in use
         calls = [self.values(function, launch, batch) for launch in launches * (3 if len(launches) == 1 else 1)]
         results = [p.removesuffix("_ptr") for p, role in self.source(function, "gemv").roles.items() if role[0] == "output"]
         self.fill_buffers(tokens)

@@ -18,6 +18,7 @@ from fusec.runtime.capabilities import dependent_launch, hopper
 from fusec.runtime.drawing import NOTHING, Drawing
 from fusec.runtime.hub import cache_folder
 from fusec.runtime.program import cache_bytes, cache_sizes
+from fusec.runtime.row_sums import RowSums
 from fusec.runtime.weights import Loader, prepare
 
 
@@ -52,6 +53,9 @@ class TritonProgram:
             setattr(self, name, view.view(self.max_tokens, numel))
         self.partial = torch.empty(module.partial, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(module.arrivals, dtype=torch.int32, device=device)
+        self.no_sums = RowSums(1, device)
+        for name, elements in module.sums.items():
+            setattr(self, name, RowSums(elements, device))
         self.caches: dict[str, torch.Tensor] = {}
         self._growing: dict[str, torch.Tensor] = {}
         self._scratch: dict[tuple, tuple] = {}

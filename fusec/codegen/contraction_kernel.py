@@ -8,8 +8,9 @@ from ..ir.graph import Value
 from ..passes.analysis import axis
 from . import schedule
 from .contraction import Contraction
-from .expressions import Index, coordinates, strip, term
-from .stream_epilogue import in_gluon, mark, stream_epilogue
+from .expressions import Emitter, Index, coordinates, strip, term
+from .row_sums import Handover
+from .stream_epilogue import by_line, in_gluon, mark, stream_epilogue
 from .writer import REDUCE, Source, Writer, define, environment, partition, share, tidy
 
 
@@ -51,26 +52,30 @@ DRAWING = ("best", "temperature", "seed_low", "seed_high", "lengths")  # pointer
 
 
 def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_n: int, block_k: int,
-                parts: Contraction | None = None, draws: bool = False) -> Source:  # fmt: skip
+                parts: Contraction | None = None, draws: bool = False, makes: Handover | None = None,
+                takes: bool = False) -> Source:  # fmt: skip
     """A contraction kernel in one of its forms: one token ("gemv"), a few ("skinny", or "stream" where there are Hopper's units),
     many ("matmul"), or what the vendor's matmul leaves to do ("stats", "epilogue").
 
     Masks are left out where blocks divide the sizes: block_n and block_k are the least divisible of the tiles that it will be
     launched with.  draws: what it makes are the program's logits, and instead of storing them it may keep each row's best
-    token, in the forms for several.
+    token, in the forms for several.  makes: row reductions of its result that it leaves for another kernel, takes: whether it
+    may find its own; both in streams alone.
     """
     parts = parts or Contraction(kernel.attrs["body"])
-    return ContractionWriter(form, dtype, block_n, block_k, parts, draws).source(name, comment)
+    return ContractionWriter(form, dtype, block_n, block_k, parts, draws, makes, takes).source(name, comment)
 
 
 class ContractionWriter(Writer):
     """Writes one form of one contraction kernel."""
 
-    def __init__(self, form, dtype, block_n, block_k, parts: Contraction, draws: bool):
+    def __init__(self, form, dtype, block_n, block_k, parts: Contraction, draws: bool, makes: Handover | None, takes: bool):
         super().__init__(parts.body, dtype)
         self.form, self.shape, self.parts = form, FORMS[form], parts
         self.block_n, self.block_k, self.draws = block_n, block_k, draws and FORMS[form].tokens is not None
         self.masked_k, self.masked_n = bool(parts.k % block_k), bool(parts.n % block_n)
+        self.makes = makes if self.shape.gluon and not self.masked_n else None
+        self.takes = takes and self.shape.gluon
         self.many = self.shape.many
         self.row = Index("t", ("t_mask",)) if self.many else Index("0")
         self.given: dict[Value, str] = {}  # finished reductions, by name
@@ -87,6 +92,9 @@ class ContractionWriter(Writer):
         if self.shape.multiplies:
             x, operand = self.operand(coords, lines)
         beside = self.reductions_beside(coords, lines)
+        found = None
+        if self.takes:
+            found = self.params.pointer(f"{parts.stored[0].attrs['name']}_sums", ("sums", *self.x_role))
         early, epilogue = ([], self.epilogue()) if form != "stats" else ([], [])
         if form == "gemv":  # what the epilogue reads is on its way while the weights stream past
             late = {f"y{i}" for i in range(parts.leaves)} | set(self.given.values())
@@ -104,11 +112,11 @@ class ContractionWriter(Writer):
             stream = stream_epilogue(epilogue, late={*ys, *self.given.values()}, segments=len(parts.segments), halves=halves,
                                      bound=parts.n if self.masked_n else None)  # fmt: skip
             early, epilogue = stream.early, stream.lines
-        reducing = ("REDUCERS", "REDUCING") if self.shape.gluon and beside else ()
+        reducing = ("REDUCERS", "REDUCING", *(["HANDED"] if found else [])) if self.shape.gluon and beside else ()
         tiles = (*self.shape.tiles[:-1], *reducing, *(["DRAW"] if self.draws else []), "PDL")
         context = {
             "name": name,
-            "signature": define(name, [*names.values(), *(["T"] if self.many else [])], tiles),
+            "signature": define(name, [*names.values(), *(["T"] if self.many else []), *(["parts"] if found else [])], tiles),
             "comment": comment,
             "rows": parts.n,
             "k": parts.k,
@@ -121,6 +129,7 @@ class ContractionWriter(Writer):
             "x": x,
             "operand": operand,
             "beside": beside,
+            "found": found,
             "early": early,
             "epilogue": epilogue,
             "ys": ", ".join(ys),
@@ -146,6 +155,8 @@ class ContractionWriter(Writer):
             "described": described,
             "reductions": len(beside),
             "draws": self.draws,
+            "takes": found and found.removesuffix("_ptr"),
+            "makes": len(self.makes.reader.beside) if self.makes else 0,
             "picked": parts.stored[1].attrs["name"] if described and parts.stored[1] else None,
         }
         return Source(name, form, text, self.params.roles, facts)
@@ -243,6 +254,7 @@ class ContractionWriter(Writer):
             "value": text,
             "step": in_gluon(update.format(f"{label}_k", eights)),
             "collapse": f"{fold}({label}_k, 1)",
+            "whole": f"{fold}({label}, 0)",
             "scale": f" / {self.parts.k}" if value.op == "mean" else "",
             "combine": in_gluon(update.format(label, f"{label}_part")),
         }
@@ -309,10 +321,29 @@ class ContractionWriter(Writer):
             if self.draws:
                 text = emitter.assign(self.names.fresh("logits"), text)
                 kept = self.keep_best(text, index, masks)
+            if self.makes:
+                text = stored = emitter.assign(self.names.fresh("stored"), text)
             text = mark(strip(text)) if self.shape.gluon else text
             self.store(text, piece.output, piece.value, row, offset, (*masks, *self.row.masks), lines)
+            if self.makes:
+                lines += self.row_sums(stored)
             if kept:
                 lines[-1:] = [*kept, "else:", f"    {lines[-1]}"]
+
+    def row_sums(self, stored: str) -> list[str]:
+        """Lines that leave row reductions of what a tile has stored: of the values as the next kernel will read them."""
+        lines, reader = [], self.makes.reader
+        out = self.params.pointer("out", ("output", 0))
+        sums = self.params.pointer("out_sums", ("sums", "output", 0))
+        seen = self.names.fresh("seen")
+        lines.append(f"{seen} = {stored}.to({out}.dtype.element_ty).to(tl.float32)")
+        emitter = Emitter(reader.body, self.params, {}, {reader.x: seen}, lines, self.names)
+        for number, value in enumerate(reader.beside):
+            part, count = "n_0 // BLOCK_N", len(reader.beside)
+            row = part if count == 1 else f"({part} * {count} + {number})"
+            whole = by_line(REDUCE[value.op][2].format(strip(emitter.write(value.inputs[0])), 0))
+            lines.append(f"tl.store({sums} + {row} * T + t_line, {whole}, mask=t_line < T)")
+        return lines
 
     def keep_best(self, logits: str, token: str, masks: tuple[str, ...]) -> list[str]:
         """What is done with logits that are drawn from."""

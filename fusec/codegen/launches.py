@@ -15,6 +15,7 @@ from . import schedule
 from .contraction import Contraction
 from .contraction_kernel import contraction
 from .row_kernel import head_rows, row_kernel
+from .row_sums import Handovers
 from .writer import Source, environment
 
 COUNTS = {"T": "T", "T'": "N"}  # run-time dim -> what generated code calls its size
@@ -22,10 +23,12 @@ COUNTS = {"T": "T", "T'": "N"}  # run-time dim -> what generated code calls its 
 
 class Launches:
     """Writes the launches of one program. partial, arrivals: elements of scratch that its split contractions share.  result: the
-    kernel that makes its logits, if that is all they are needed for.  draws: whether it can draw tokens from them."""
+    kernel that makes its logits, if that is all they are needed for.  draws: whether it can draw tokens from them.
+    handovers: which kernels leave row reductions for which."""
 
-    def __init__(self, dtype: str, gpu: str, source_lines, result: Value | None):
+    def __init__(self, dtype: str, gpu: str, source_lines, result: Value | None, handovers: Handovers):
         self.dtype, self.gpu, self.source_lines, self.result = dtype, gpu, source_lines, result
+        self.handovers = handovers
         self.draws = False
         self.itemsize = 4 if dtype == "float32" else 2
         self.partial = self.arrivals = 1
@@ -53,6 +56,7 @@ class Launches:
         plan = [("gemv", (schedule.gemv(*shape),)), ("skinny", schedule.skinny(*shape)), ("matmul", schedule.matmul(*shape))]
         streams = schedule.stream(*shape) if parts.streams else ()
         draws = kernel is self.result and parts.makes_logits
+        hands = self.handovers.makes.get(kernel), kernel in self.handovers.takes
         self.draws |= draws
         stats = None
         if parts.beside and vendor:  # the row reductions, by a kernel of their own
@@ -64,13 +68,14 @@ class Launches:
         for form, tiles in plan:
             block_n = max((t.block_n for t in tiles), key=lambda size: parts.n % size)
             block_k = max((t.block_k for t in tiles), key=lambda size: parts.k % size)
-            source = contraction(kernel, f"kernel_{form}", form, comment, self.dtype, block_n, block_k, parts, draws)
+            source = contraction(kernel, f"kernel_{form}", form, comment, self.dtype, block_n, block_k, parts, draws, *hands)
             source.facts["tiles"] = tiles
             sources.append(source)
             for t in tiles:
                 if form == "stream":
                     lines.append(f"elif HOPPER and {t.least} <= {rows} <= {t.tokens}:")
                     lines += indent(self.launch(source, parts, rows, t))
+                    lines += [f"    out_sums.parts = {parts.n // t.block_n}"] if source.facts["makes"] else []
                     continue
                 limit = 1 if form == "gemv" else t.tokens or vendor
                 if limit and limit <= reached:
@@ -85,6 +90,8 @@ class Launches:
             sources += tail
             lines += ["else:", *indent(text)]
         params = merge(*(s.roles for s in sources))
+        if any(s.facts.get("makes") for s in sources):
+            lines = ["out_sums.parts = 0", *lines]
         picks = streams and parts.stored[1]
         model = [("m", ("model",))] if vendor or picks else []
         batch = [("b", ("batch",))] if picks else []
@@ -111,6 +118,8 @@ class Launches:
         if source.form == "stream":
             program = t.program(parts.leaves, source.facts["reductions"])
             registers, constants = program.registers, constants | program.constants
+            if source.facts["takes"]:
+                constants["HANDED"] = f"{source.facts['takes']}.parts > 0{' and b.every' if source.facts['picked'] else ''}"
         return self.call(source, f"{grid[:-2]}, {t.splits})", rows, constants, t.num_warps, registers)
 
     def vendor(self, kernel, parts: Contraction, rows: str, comment, stats: Source | None, draws: bool):
@@ -209,8 +218,9 @@ class Launches:
                     picked = source.facts["picked"]
                     name = f"m.picked({name}, b)" if picked else f"{name}[:{tokens}]"
                 name = f"tiles({name}, {source.facts['k']}, {block}, {constants['BLOCK_K']})"
-            pointers.append(name)
-        arguments = ", ".join([*pointers, *([tokens] if tokens else [])])
+            pointers.append(f"{name}.place" if source.roles[pointer][0] == "sums" else name)
+        found = source.facts.get("takes")
+        arguments = ", ".join([*pointers, *([tokens] if tokens else []), *([f"{found}.parts"] if found else [])])
         if source.facts.get("draws"):
             constants = constants | {"DRAW": "draw"}
         sizes = ", ".join(f"{k}={v}" for k, v in constants.items())

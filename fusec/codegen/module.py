@@ -18,6 +18,7 @@ from ..passes.extract import free, leaf_name, result_name, unique
 from ..passes.inline_heads import made_in_decode
 from . import schedule
 from .launches import COUNTS, Launches
+from .row_sums import handovers
 from .writer import Source, environment, fold, rename
 
 HEADER = '''"""{title}
@@ -67,8 +68,8 @@ class Weight:
 @dataclass
 class Module:
     """A compiled model. buffers: name -> (offset in bytes per token, elements per token, dtype).  caches: name -> sizes per
-    token. partial, arrivals: elements of the scratch that split contractions share.  draws: whether `step` may be given a
-    Drawing."""
+    token. partial, arrivals: elements of the scratch that split contractions share.  sums: elements of the row reductions that
+    are left beside a buffer.  draws: whether `step` may be given a Drawing."""
 
     name: str
     dtype: str
@@ -80,6 +81,7 @@ class Module:
     caches: dict[str, tuple[int, ...]] = field(default_factory=dict)
     partial: int = 1
     arrivals: int = 1
+    sums: dict[str, int] = field(default_factory=dict)
     draws: bool = False
     kernels_py: str = ""
     program_py: str = ""
@@ -94,7 +96,8 @@ class Builder:
     def __init__(self, graph, dtype, source_lines, title, gpu):
         self.module = Module(graph.name, dtype, graph)
         self.graph, self.dtype, self.title = graph, dtype, title
-        self.launches = Launches(dtype, gpu, source_lines, self.maker_of_logits())
+        self.handovers = handovers(graph)
+        self.launches = Launches(dtype, gpu, source_lines, self.maker_of_logits(), self.handovers)
         self.by_text: dict[tuple, Function] = {}
         self.by_structure: dict[tuple, tuple] = {}
         self.names: dict[str, int] = {}
@@ -122,7 +125,7 @@ class Builder:
     # ---- one kernel ------------------------------------------------------------------------------------------------
 
     def add(self, kernel: Value):
-        like = kernel is self.launches.result, structure(kernel)
+        like = kernel is self.launches.result, self.handovers.of(kernel), structure(kernel)
         if like not in self.by_structure:  # like layers are written once
             self.by_structure[like] = self.write(kernel)
         function, params = self.by_structure[like]
@@ -170,6 +173,8 @@ class Builder:
             return f"d.{role[1]}"
         if role[0] == "output":
             return self.buffer(self.results[kernel, role[1]])
+        if role[0] == "sums":
+            return self.sums(kernel, role, function)
         value = kernel.inputs[role[1]]
         if value.op == "input":
             return {"ids": "b.ids", "pos": "b.positions", "rows": "b.rows"}[value.attrs["name"]]
@@ -179,6 +184,17 @@ class Builder:
         if role[0] == "weight":
             packing = next(s.facts for s in function.sources if "packing" in s.facts)
         return f'w["{self.weight(value, packing)}"]'
+
+    def sums(self, kernel: Value, role: tuple, function: Function) -> str:
+        """Where the row reductions that a kernel leaves or finds lie: beside the buffer that they are of."""
+        maker = kernel if role[1] == "output" else self.handovers.takes[kernel]
+        place = f"{self.buffer(self.results[maker, 0])}_sums" if maker else "m.no_sums"
+        name = place.removeprefix("m.")
+        if maker is kernel:
+            made = next(s.facts for s in function.sources if s.facts.get("makes"))
+            most = max(made["rows"] // t.block_n * t.tokens for t in made["tiles"]) * made["makes"]
+            self.module.sums[name] = max(self.module.sums.get(name, 0), most)
+        return place if name in self.module.sums else "m.no_sums"  # the maker may have no stream, or none of whole tiles
 
     def buffer(self, value: Value) -> str:
         if value in self.places:

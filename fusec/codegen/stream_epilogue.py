@@ -36,6 +36,11 @@ def mark(text: str) -> str:
     return f"«{text}»"
 
 
+def by_line(text: str) -> str:
+    """A value a token, made of a tile: until it is known in which layout it is stored."""
+    return f"‹{text}›"
+
+
 def stream_epilogue(lines: list[str], *, late: set[str], segments: int, halves: bool, bound: int | None) -> StreamEpilogue:
     """lines: of the epilogue, from its products to its stores, as the other templates have them.  late: names that are there only
     after the products.  segments: of its rows.  halves: whether all that is stored has 16 bits.  bound: the number of rows, where
@@ -46,6 +51,7 @@ def stream_epilogue(lines: list[str], *, late: set[str], segments: int, halves: 
     turn = "products" if reads else "stored" if halves else None
     stored = r"gl.convert_layout((\3).to(\2.dtype.element_ty), Z)" if turn == "stored" else r"\3"
     lines = [in_a_line(re.sub(r"(gl\.store\((\w+).*)«(.*)»", rf"\1{stored}", line)) for line in lines]
+    lines = [re.sub("‹(.*)›", rf"gl.convert_layout(\1, gl.SliceLayout(0, {'Z' if turn else 'Y'}))", line) for line in lines]
     places = indices("Z" if turn else "Y", bound)
     if not reads or segments > 1:
         return StreamEpilogue(turn, [], [], tidy([*places, *lines]))

@@ -47,6 +47,8 @@ RESERVED = (
     "tile",
     "tokens",
     "sums",
+    "parts",
+    "there",
     "cell",
     "part",
     "start_all",

@@ -1,5 +1,5 @@
 """One contraction kernel with given tiles, launched by itself: y = x Wᵀ, or, with two leaves, a product of both halves scaled by
-the row's norm; to which another input may be added."""
+the row's norm; to which another input may be added. Streams that add one also take and leave row reductions."""
 
 import torch
 
@@ -7,6 +7,7 @@ from fusec import tune
 from fusec.codegen.contraction import Contraction
 from fusec.codegen.contraction_kernel import contraction
 from fusec.codegen.module import preamble
+from fusec.codegen.row_sums import Handover
 from fusec.ir.text import read_graph
 from fusec.passes import fuse
 from fusec.runtime.tiles import tiles
@@ -42,21 +43,40 @@ graph tile
   %z = cast(%q) to="x"
   return %{result}
 """
+NEXT = """\
+graph next
+  dims T, N={n}, M=64
+  input %y : x[T, N]
+  %w = weight key="w.weight" shape=(64, {n}) offset=0 strides=({n}, 1) : x[M, N]
+  %c = contract(%y, %w) over=("N",)
+  %f = cast(%y) to="f32"
+  %s = mul(%f, %f)
+  %a = mean(%s) over=("N",)
+  %b = max(%f) over=("N",)
+  %d = add(%a, %b)
+  %p = mul(%c, %d)
+  %z = cast(%p) to="x"
+  return %z
+"""
+PART = 48  # columns of each part of the row reductions that a kernel is given
 
 
 class Case:
-    """One tile and the kernel rendered for it.  reads: whether its epilogue adds an input."""
+    """One tile and the kernel rendered for it.  reads: whether its epilogue adds an input; a stream then hands on row reductions
+    as well: it is given those of x, and leaves those that NEXT wants of its result."""
 
     def __init__(self, form, n, k, leaves, itemsize, tiles, folder, number, reads=False):
         self.form, self.n, self.k, self.leaves, self.tiles = form, n, k, leaves, tiles
         self.dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
         self.reads = reads
-        text = (ONE_LEAF if leaves == 1 else TWO_LEAVES).format(n=n, k=k, both=2 * n, result="z" if reads else "y")
-        kernel = next(v for v in fuse(read_graph(text)).walk() if v.op == "kernel")
+        self.hands = reads and form == "stream"
+        kernel = kernel_of((ONE_LEAF if leaves == 1 else TWO_LEAVES).format(n=n, k=k, both=2 * n, result="z" if reads else "y"))
         self.name, self.path = f"tile_{number}", folder / f"tile_{number}.py"
         name = str(self.dtype).removeprefix("torch.")
         parts = Contraction(kernel.attrs["body"])
-        self.source = contraction(kernel, self.name, form, [], name, tiles.block_n, tiles.block_k, parts)
+        reader = Contraction(kernel_of(NEXT.format(n=n)).attrs["body"])
+        hands = (Handover(reader, ()), leaves > 1) if self.hands else (None, False)
+        self.source = contraction(kernel, self.name, form, [], name, tiles.block_n, tiles.block_k, parts, False, *hands)
         self.path.write_text(preamble(self.source.text) + "\n\n" + self.source.text)
         few = form in ("skinny", "stream")
         self.tokens = tiles.tokens - 1 if few else {"gemv": 1, "matmul": 257}[form]  # so that masks matter
@@ -65,7 +85,8 @@ class Case:
         return f"{self.form} {self.n} x {self.k}, {self.leaves} leaves, {self.tiles}{', reads' if self.reads else ''}"
 
     def sizes(self):
-        return tune.constants(self.form, self.tiles, self.leaves, self.source.facts["reductions"])
+        handed = True if self.source.facts["takes"] else None
+        return tune.constants(self.form, self.tiles, self.leaves, self.source.facts["reductions"], handed=handed)
 
     def options(self):
         return tune.launch_options(self.form, self.tiles, self.leaves, self.source.facts["reductions"])
@@ -73,11 +94,12 @@ class Case:
     def job(self):
         kinds = {"weight": self.dtype, "input": self.dtype, "output": self.dtype}
         scratch = {"partial": "float32", "arrivals": "int32"}
+        kinds["sums"] = torch.float32
         blocks, pointers = tune.blocks_of(self.source, self.sizes()), []
         for pointer, role in self.source.roles.items():
             kind = str(kinds.get(role[0], scratch.get(role[-1]))).removeprefix("torch.")
             pointers.append((kind, self.k, blocks[pointer]) if pointer in blocks else kind)
-        arguments = [*pointers, *([33] if self.form != "gemv" else [])]
+        arguments = [*pointers, *([33] if self.form != "gemv" else []), *([17] if self.source.facts["takes"] else [])]
         options = {**self.options(), "launch_pdl": True}
         return str(self.path), self.name, options, [(arguments, self.sizes() | {"PDL": True})]
 
@@ -90,18 +112,31 @@ class Case:
         partial = torch.full((splits * padded * blocks * (self.leaves * self.tiles.block_n + 1),), float("nan"), device=device)
         arrivals = torch.zeros(height * blocks, dtype=torch.int32, device=device)
         values = {"weight": w, "input": x, "output": out, "partial": partial, "arrivals": arrivals}
-        arguments = [h if pointer == "h_ptr" else values[role[0]] if role[0] in values else values[role[1]]
+        found = torch.stack([part.square().sum(1) for part in x.float().split(PART, 1)])
+        left = torch.full((blocks, 2, t), float("nan"), device=device)
+        values |= {"x_sums_ptr": found, "out_sums_ptr": left, "h_ptr": h}
+        arguments = [next(values[name] for name in (pointer, *role) if name in values)
                      for pointer, role in self.source.roles.items()]
         for pointer, block in tune.blocks_of(self.source, self.sizes()).items():
             at = list(self.source.roles).index(pointer)
             arguments[at] = tiles(arguments[at], self.k, *block)
         grid = {"gemv": (blocks,), "matmul": (height * blocks,)}.get(self.form, (height * blocks, splits))
         arguments += [t] if self.form != "gemv" else []
+        arguments += [len(found)] if self.source.facts["takes"] else []
         launch = getattr(tune.load_kernels(str(self.path)), self.name)[grid]
         for _ in range(2):  # the second launch finds the counters as the first left them
             launch(*arguments, **self.sizes(), **self.options(), **options)
         assert not arrivals.any(), f"{self} leaves its counters behind"
+        if self.source.facts["makes"]:
+            stored = out.float().view(t, blocks, self.tiles.block_n)
+            wanted = torch.stack([stored.square().sum(2), stored.amax(2)]).permute(2, 0, 1)
+            torch.testing.assert_close(left, wanted, rtol=1e-5, atol=1e-5, msg=lambda text: f"{self}: row reductions: {text}")
         return out
+
+
+def kernel_of(text):
+    """The one kernel of a graph."""
+    return next(v for v in fuse(read_graph(text)).walk() if v.op == "kernel")
 
 
 def result(x, w, h, dtype, reads=False):

@@ -183,27 +183,45 @@ def q_k_v_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constex
 
 
 @gluon.jit
-def q_k_v_proj_stream_reductions(x_ring, row_sums, ready, done, steps, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr,
-                                 STAGES: gl.constexpr):
+def q_k_v_proj_stream_reductions(x_sums_ptr, parts, t_0, T, x_ring, row_sums, ready, done, steps, BLOCK_M: gl.constexpr,
+                                 BLOCK_K: gl.constexpr, STAGES: gl.constexpr, HANDED: gl.constexpr, PDL: gl.constexpr):
     # Warps of their own: the row reductions. Each thread keeps what it has seen, and they are put together at the end.
     WARPS: gl.constexpr = gl.num_warps()
-    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
-    mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
-    for step in range(steps):
-        place = step % STAGES
-        mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_seen = x_ring.index(place).load(X).to(gl.float32)
-        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)  # what it read of the step before has arrived
-        mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2), EIGHTS)
-    row_sums.index(0).store(gl.sum(mean_k, 1))
+    if HANDED:
+        LANES: gl.constexpr = min(32, BLOCK_M)  # tokens side by side in a warp, and WIDE warps side by side
+        WIDE: gl.constexpr = min(WARPS, BLOCK_M // LANES)
+        TOKENS: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS // WIDE, WIDE], [1, 0])
+        HEIGHT: gl.constexpr = min(64, 512 * WARPS // BLOCK_M)  # parts at a time, at most 16 a thread
+        part = gl.arange(0, HEIGHT, gl.SliceLayout(1, TOKENS))[:, None]
+        t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, TOKENS))[None, :]
+        t_mask = t < T
+        mean = gl.full([HEIGHT, BLOCK_M], 0.0, gl.float32, TOKENS)
+        if PDL:
+            gdc_wait()
+        for first in range(0, parts, HEIGHT):
+            there = (first + part < parts) & t_mask
+            mean_part = gl.load(x_sums_ptr + (first + part) * T + t, mask=there, other=0.0, cache_modifier=".cg")
+            mean = mean + mean_part
+        row_sums.index(0).store(gl.sum(mean, 0))
+    else:
+        X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+        EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
+        mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
+        for step in range(steps):
+            place = step % STAGES
+            mbarrier.wait(ready.index(place), step // STAGES & 1)
+            x_seen = x_ring.index(place).load(X).to(gl.float32)
+            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)  # what it read before has arrived
+            mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
+                    EIGHTS)
+        row_sums.index(0).store(gl.sum(mean_k, 1))
 
 
-@gluon.jit(do_not_specialize=["T"])
-def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr, v_cache_ptr,
-                      partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                      SPLITS: tl.constexpr, STAGES: tl.constexpr, REDUCERS: tl.constexpr, REDUCING: tl.constexpr,
-                      PDL: tl.constexpr):
+@gluon.jit(do_not_specialize=["T", "parts"])
+def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, x_sums_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr,
+                      v_cache_ptr, partial_ptr, arrivals_ptr, T, parts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, REDUCERS: tl.constexpr,
+                      REDUCING: tl.constexpr, HANDED: tl.constexpr, PDL: tl.constexpr):
     # llama.fuse:27   q = rope[K](q_proj(x), pos, freqs)
     # llama.fuse:28   k = rope[K](k_proj(x), pos, freqs)
     # llama.fuse:29   v = v_proj(x)
@@ -238,7 +256,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
     done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(done.index(stage), count=2)
+        mbarrier.init(done.index(stage), count=1 if HANDED else 2)
     fence_async_shared()
     row_sums = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     y0, y1 = gl.warp_specialize([
@@ -246,7 +264,8 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
         (q_k_v_proj_stream_copies, (
             q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
-        (q_k_v_proj_stream_reductions, (x_ring, row_sums, ready, done, steps, BLOCK_M, BLOCK_K, STAGES)),
+        (q_k_v_proj_stream_reductions, (x_sums_ptr, parts, t_0, T, x_ring, row_sums, ready, done, steps, BLOCK_M,
+        BLOCK_K, STAGES, HANDED, PDL)),
     ], [1, REDUCERS], [40, REDUCING])
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
@@ -262,7 +281,8 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
         gl.store(cell + split * LEAVES * whole, y0)
         if not STACKED:
             gl.store(cell + (split * LEAVES + 1) * whole, y1)
-        gl.store(sums + split * BLOCK_M + m, mean)
+        if not HANDED:
+            gl.store(sums + split * BLOCK_M + m, mean)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
@@ -278,10 +298,11 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, cos_ptr, sin_ptr, out_ptr, k_ca
                 y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
                 if not STACKED:
                     y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
-        mean = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(0, Y))
-        for part in gl.static_range(SPLITS):
-            mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
-            mean = mean + mean_part
+        if not HANDED:
+            mean = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(0, Y))
+            for part in gl.static_range(SPLITS):
+                mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
+                mean = mean + mean_part
         gl.store(arrivals_ptr + tile, 0)
     mean = mean / 4096
     if STACKED:
@@ -929,9 +950,9 @@ def o_proj_stream_products(x_ptr, n_0, t_0, T, w_ring, x_ring, ready, done, step
 
 
 @gluon.jit(do_not_specialize=["T"])
-def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                  PDL: tl.constexpr):
+def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, out_sums_ptr, partial_ptr, arrivals_ptr, T,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                  STAGES: tl.constexpr, PDL: tl.constexpr):
     # llama.fuse:30   o_proj(attend[K](q, cache(k), cache(v), pos))
     # llama.fuse:45   h = x + self_attn(input_layernorm(x), pos)
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
@@ -995,7 +1016,11 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, partial_ptr, arr
     t = t_line[None, :]
     t_mask = t < T
     n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
-    gl.store(out_ptr + t.to(gl.int64) * 4096 + n, x + y0, mask=t_mask)
+    stored = x + y0
+    gl.store(out_ptr + t.to(gl.int64) * 4096 + n, stored, mask=t_mask)
+    seen = stored.to(out_ptr.dtype.element_ty).to(gl.float32)
+    gl.store(out_sums_ptr + n_0 // BLOCK_N * T + t_line, gl.convert_layout(gl.sum(seen * seen, 0),
+            gl.SliceLayout(0, Z)), mask=t_line < T)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -1174,26 +1199,46 @@ def gate_up_proj_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.const
 
 
 @gluon.jit
-def gate_up_proj_stream_reductions(x_ring, row_sums, ready, done, steps, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr,
-                                   STAGES: gl.constexpr):
+def gate_up_proj_stream_reductions(x_sums_ptr, parts, t_0, T, x_ring, row_sums, ready, done, steps,
+                                   BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+                                   HANDED: gl.constexpr, PDL: gl.constexpr):
     # Warps of their own: the row reductions. Each thread keeps what it has seen, and they are put together at the end.
     WARPS: gl.constexpr = gl.num_warps()
-    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
-    mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
-    for step in range(steps):
-        place = step % STAGES
-        mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_seen = x_ring.index(place).load(X).to(gl.float32)
-        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)  # what it read of the step before has arrived
-        mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2), EIGHTS)
-    row_sums.index(0).store(gl.sum(mean_k, 1))
+    if HANDED:
+        LANES: gl.constexpr = min(32, BLOCK_M)  # tokens side by side in a warp, and WIDE warps side by side
+        WIDE: gl.constexpr = min(WARPS, BLOCK_M // LANES)
+        TOKENS: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS // WIDE, WIDE], [1, 0])
+        HEIGHT: gl.constexpr = min(64, 512 * WARPS // BLOCK_M)  # parts at a time, at most 16 a thread
+        part = gl.arange(0, HEIGHT, gl.SliceLayout(1, TOKENS))[:, None]
+        t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, TOKENS))[None, :]
+        t_mask = t < T
+        mean = gl.full([HEIGHT, BLOCK_M], 0.0, gl.float32, TOKENS)
+        if PDL:
+            gdc_wait()
+        for first in range(0, parts, HEIGHT):
+            there = (first + part < parts) & t_mask
+            mean_part = gl.load(x_sums_ptr + (first + part) * T + t, mask=there, other=0.0, cache_modifier=".cg")
+            mean = mean + mean_part
+        row_sums.index(0).store(gl.sum(mean, 0))
+    else:
+        X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+        EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
+        mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
+        for step in range(steps):
+            place = step % STAGES
+            mbarrier.wait(ready.index(place), step // STAGES & 1)
+            x_seen = x_ring.index(place).load(X).to(gl.float32)
+            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)  # what it read before has arrived
+            mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
+                    EIGHTS)
+        row_sums.index(0).store(gl.sum(mean_k, 1))
 
 
-@gluon.jit(do_not_specialize=["T"])
-def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                        REDUCERS: tl.constexpr, REDUCING: tl.constexpr, PDL: tl.constexpr):
+@gluon.jit(do_not_specialize=["T", "parts"])
+def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, x_sums_ptr, out_ptr, partial_ptr, arrivals_ptr, T, parts,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                        STAGES: tl.constexpr, REDUCERS: tl.constexpr, REDUCING: tl.constexpr, HANDED: tl.constexpr,
+                        PDL: tl.constexpr):
     # llama.fuse:37   down_proj(silu(gate_proj(x)) * up_proj(x))
     # llama.fuse:46   h + mlp(post_attention_layernorm(h))
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
@@ -1223,7 +1268,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
     done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(done.index(stage), count=2)
+        mbarrier.init(done.index(stage), count=1 if HANDED else 2)
     fence_async_shared()
     row_sums = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     y0, y1 = gl.warp_specialize([
@@ -1231,7 +1276,8 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
         (gate_up_proj_stream_copies, (
             gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
-        (gate_up_proj_stream_reductions, (x_ring, row_sums, ready, done, steps, BLOCK_M, BLOCK_K, STAGES)),
+        (gate_up_proj_stream_reductions, (x_sums_ptr, parts, t_0, T, x_ring, row_sums, ready, done, steps, BLOCK_M,
+        BLOCK_K, STAGES, HANDED, PDL)),
     ], [1, REDUCERS], [40, REDUCING])
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
@@ -1246,7 +1292,8 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
         sums = partial_ptr + SPLITS * LEAVES * whole + tile * (SPLITS * BLOCK_M)
         gl.store(cell + split * LEAVES * whole, y0)
         gl.store(cell + (split * LEAVES + 1) * whole, y1)
-        gl.store(sums + split * BLOCK_M + m, mean)
+        if not HANDED:
+            gl.store(sums + split * BLOCK_M + m, mean)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
@@ -1259,10 +1306,11 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
             for part in gl.static_range(SPLITS):
                 y0 += gl.load(cell + part * LEAVES * whole, cache_modifier=".cg")
                 y1 += gl.load(cell + (part * LEAVES + 1) * whole, cache_modifier=".cg")
-        mean = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(0, Y))
-        for part in gl.static_range(SPLITS):
-            mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
-            mean = mean + mean_part
+        if not HANDED:
+            mean = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(0, Y))
+            for part in gl.static_range(SPLITS):
+                mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
+                mean = mean + mean_part
         gl.store(arrivals_ptr + tile, 0)
     mean = mean / 4096
     mean = mean[None, :]
@@ -1517,9 +1565,9 @@ def down_proj_stream_products(x_2_ptr, n_0, t_0, T, w_ring, x_ring, ready, done,
 
 
 @gluon.jit(do_not_specialize=["T"])
-def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
-                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-                     PDL: tl.constexpr):
+def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, out_sums_ptr, partial_ptr, arrivals_ptr, T,
+                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                     STAGES: tl.constexpr, PDL: tl.constexpr):
     # llama.fuse:37   down_proj(silu(gate_proj(x)) * up_proj(x))
     # llama.fuse:46   h + mlp(post_attention_layernorm(h))
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
@@ -1584,7 +1632,11 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, partial_ptr, ar
     t = t_line[None, :]
     t_mask = t < T
     n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
-    gl.store(out_ptr + t.to(gl.int64) * 4096 + n, x_2 + y0, mask=t_mask)
+    stored = x_2 + y0
+    gl.store(out_ptr + t.to(gl.int64) * 4096 + n, stored, mask=t_mask)
+    seen = stored.to(out_ptr.dtype.element_ty).to(gl.float32)
+    gl.store(out_sums_ptr + n_0 // BLOCK_N * T + t_line, gl.convert_layout(gl.sum(seen * seen, 0),
+            gl.SliceLayout(0, Z)), mask=t_line < T)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -1750,27 +1802,46 @@ def lm_head_stream_products(w_ring, x_ring, ready, done, steps, Y: gl.constexpr,
 
 
 @gluon.jit
-def lm_head_stream_reductions(x_ring, row_sums, ready, done, steps, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr,
-                              STAGES: gl.constexpr):
+def lm_head_stream_reductions(x_sums_ptr, parts, t_0, T, x_ring, row_sums, ready, done, steps, BLOCK_M: gl.constexpr,
+                              BLOCK_K: gl.constexpr, STAGES: gl.constexpr, HANDED: gl.constexpr, PDL: gl.constexpr):
     # Warps of their own: the row reductions. Each thread keeps what it has seen, and they are put together at the end.
     WARPS: gl.constexpr = gl.num_warps()
-    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
-    mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
-    for step in range(steps):
-        place = step % STAGES
-        mbarrier.wait(ready.index(place), step // STAGES & 1)
-        x_seen = x_ring.index(place).load(X).to(gl.float32)
-        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)  # what it read of the step before has arrived
-        mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2), EIGHTS)
-    row_sums.index(0).store(gl.sum(mean_k, 1))
+    if HANDED:
+        LANES: gl.constexpr = min(32, BLOCK_M)  # tokens side by side in a warp, and WIDE warps side by side
+        WIDE: gl.constexpr = min(WARPS, BLOCK_M // LANES)
+        TOKENS: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS // WIDE, WIDE], [1, 0])
+        HEIGHT: gl.constexpr = min(64, 512 * WARPS // BLOCK_M)  # parts at a time, at most 16 a thread
+        part = gl.arange(0, HEIGHT, gl.SliceLayout(1, TOKENS))[:, None]
+        t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, TOKENS))[None, :]
+        t_mask = t < T
+        mean = gl.full([HEIGHT, BLOCK_M], 0.0, gl.float32, TOKENS)
+        if PDL:
+            gdc_wait()
+        for first in range(0, parts, HEIGHT):
+            there = (first + part < parts) & t_mask
+            mean_part = gl.load(x_sums_ptr + (first + part) * T + t, mask=there, other=0.0, cache_modifier=".cg")
+            mean = mean + mean_part
+        row_sums.index(0).store(gl.sum(mean, 0))
+    else:
+        X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+        EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
+        mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
+        for step in range(steps):
+            place = step % STAGES
+            mbarrier.wait(ready.index(place), step // STAGES & 1)
+            x_seen = x_ring.index(place).load(X).to(gl.float32)
+            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)  # what it read before has arrived
+            mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
+                    EIGHTS)
+        row_sums.index(0).store(gl.sum(mean_k, 1))
 
 
-@gluon.jit(do_not_specialize=["T"])
-def lm_head_stream(lm_head_tiles, x_tiles, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr, lengths_ptr, out_ptr,
-                   partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                   SPLITS: tl.constexpr, STAGES: tl.constexpr, REDUCERS: tl.constexpr, REDUCING: tl.constexpr,
-                   DRAW: tl.constexpr, PDL: tl.constexpr):
+@gluon.jit(do_not_specialize=["T", "parts"])
+def lm_head_stream(lm_head_tiles, x_tiles, x_sums_ptr, best_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr,
+                   lengths_ptr, out_ptr, partial_ptr, arrivals_ptr, T, parts, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+                   REDUCERS: tl.constexpr, REDUCING: tl.constexpr, HANDED: tl.constexpr, DRAW: tl.constexpr,
+                   PDL: tl.constexpr):
     # llama.fuse:46   h + mlp(post_attention_layernorm(h))
     # llama.fuse:56   lm_head(norm(x))
     gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
@@ -1797,7 +1868,7 @@ def lm_head_stream(lm_head_tiles, x_tiles, best_ptr, temperature_ptr, seed_low_p
     done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(done.index(stage), count=2)
+        mbarrier.init(done.index(stage), count=1 if HANDED else 2)
     fence_async_shared()
     row_sums = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     (y0,) = gl.warp_specialize([
@@ -1805,7 +1876,8 @@ def lm_head_stream(lm_head_tiles, x_tiles, best_ptr, temperature_ptr, seed_low_p
         (lm_head_stream_copies, (
             lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
-        (lm_head_stream_reductions, (x_ring, row_sums, ready, done, steps, BLOCK_M, BLOCK_K, STAGES)),
+        (lm_head_stream_reductions, (x_sums_ptr, parts, t_0, T, x_ring, row_sums, ready, done, steps, BLOCK_M, BLOCK_K,
+        STAGES, HANDED, PDL)),
     ], [1, REDUCERS], [40, REDUCING])
     if PDL:
         gdc_wait()  # for what the epilogue reads, and before it writes
@@ -1819,7 +1891,8 @@ def lm_head_stream(lm_head_tiles, x_tiles, best_ptr, temperature_ptr, seed_low_p
         whole = tiles * (BLOCK_N * BLOCK_M)  # cells of one part of one leaf
         sums = partial_ptr + SPLITS * LEAVES * whole + tile * (SPLITS * BLOCK_M)
         gl.store(cell + split * whole, y0)
-        gl.store(sums + split * BLOCK_M + m, mean)
+        if not HANDED:
+            gl.store(sums + split * BLOCK_M + m, mean)
         barrier()  # every warp's stores come before the one thread's release below
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLITS - 1:
             return
@@ -1829,10 +1902,11 @@ def lm_head_stream(lm_head_tiles, x_tiles, best_ptr, temperature_ptr, seed_low_p
             y0 = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, Y)
             for part in gl.static_range(SPLITS):
                 y0 += gl.load(cell + part * whole, cache_modifier=".cg")
-        mean = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(0, Y))
-        for part in gl.static_range(SPLITS):
-            mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
-            mean = mean + mean_part
+        if not HANDED:
+            mean = gl.full([BLOCK_M], 0.0, gl.float32, gl.SliceLayout(0, Y))
+            for part in gl.static_range(SPLITS):
+                mean_part = gl.load(sums + part * BLOCK_M + m, cache_modifier=".cg")
+                mean = mean + mean_part
         gl.store(arrivals_ptr + tile, 0)
     mean = mean / 4096
     mean = mean[None, :]

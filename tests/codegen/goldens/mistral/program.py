@@ -25,40 +25,40 @@ def embed_tokens_positions(T, ids, embed_tokens, out0, pos, table, out1, out2):
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=False)
 
 
-def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
+def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, x_sums, partial, arrivals):
     if T == 1:
         kernels.q_k_v_proj_gemv[(triton.cdiv(3072, 2),)](
             q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache,
             BLOCK_N=2, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=2, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 8:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(3072, 128), 5)](
-            tiles(q_k_v_proj, 4096, 128, 64), tiles(x[:T], 4096, 8, 64), cos, sin, out, k_cache, slots, v_cache,
-            partial, arrivals, T,
-            BLOCK_M=8, BLOCK_N=128, BLOCK_K=64, STAGES=6, SPLITS=5, REDUCERS=4, REDUCING=40,
+            tiles(q_k_v_proj, 4096, 128, 64), tiles(x[:T], 4096, 8, 64), x_sums.place, cos, sin, out, k_cache, slots,
+            v_cache, partial, arrivals, T, x_sums.parts,
+            BLOCK_M=8, BLOCK_N=128, BLOCK_K=64, STAGES=6, SPLITS=5, REDUCERS=4, REDUCING=40, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3072, 32), 1)](
-            tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 16, 64), cos, sin, out, k_cache, slots, v_cache,
-            partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, STAGES=20, SPLITS=1, REDUCERS=4, REDUCING=40,
+            tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 16, 64), x_sums.place, cos, sin, out, k_cache, slots,
+            v_cache, partial, arrivals, T, x_sums.parts,
+            BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, STAGES=20, SPLITS=1, REDUCERS=4, REDUCING=40, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3072, 32), 1)](
-            tiles(q_k_v_proj, 4096, 32, 128), tiles(x[:T], 4096, 32, 128), cos, sin, out, k_cache, slots, v_cache,
-            partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=32, BLOCK_K=128, STAGES=9, SPLITS=1, REDUCERS=4, REDUCING=48,
+            tiles(q_k_v_proj, 4096, 32, 128), tiles(x[:T], 4096, 32, 128), x_sums.place, cos, sin, out, k_cache, slots,
+            v_cache, partial, arrivals, T, x_sums.parts,
+            BLOCK_M=32, BLOCK_N=32, BLOCK_K=128, STAGES=9, SPLITS=1, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3072, 32), 1)](
-            tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 64, 64), cos, sin, out, k_cache, slots, v_cache,
-            partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=9, SPLITS=1, REDUCERS=4, REDUCING=48,
+            tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 64, 64), x_sums.place, cos, sin, out, k_cache, slots,
+            v_cache, partial, arrivals, T, x_sums.parts,
+            BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=9, SPLITS=1, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(3072, 32), 1)](
-            tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 128, 64), cos, sin, out, k_cache, slots, v_cache,
-            partial, arrivals, T,
-            BLOCK_M=128, BLOCK_N=32, BLOCK_K=64, STAGES=9, SPLITS=1, REDUCERS=4, REDUCING=56,
+            tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 128, 64), x_sums.place, cos, sin, out, k_cache, slots,
+            v_cache, partial, arrivals, T, x_sums.parts,
+            BLOCK_M=128, BLOCK_N=32, BLOCK_K=64, STAGES=9, SPLITS=1, REDUCERS=4, REDUCING=56, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=120, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3072, 64), 5)](
@@ -109,36 +109,47 @@ def attention(m, b, q, k_cache, v_cache, out):
             **launch.constants, **launch.options)
 
 
-def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
+def o_proj(m, T, o_proj, attended, x, out, out_sums, partial, arrivals):
+    out_sums.parts = 0
     if T == 1:
         kernels.o_proj_gemv[(triton.cdiv(4096, 4),)](
             o_proj, attended, x, out,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=2, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 8:
         kernels.o_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(4096, 64), 1)](
-            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 8, 128), x, out, partial, arrivals, T,
+            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 8, 128), x, out, out_sums.place, partial, arrivals,
+            T,
             BLOCK_M=8, BLOCK_N=64, BLOCK_K=128, STAGES=12, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
+        out_sums.parts = 64
     elif HOPPER and 2 <= T <= 16:
         kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 1)](
-            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 16, 128), x, out, partial, arrivals, T,
+            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 16, 128), x, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=11, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
+        out_sums.parts = 64
     elif HOPPER and 17 <= T <= 32:
         kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 1)](
-            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 32, 128), x, out, partial, arrivals, T,
+            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 32, 128), x, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=9, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+        out_sums.parts = 64
     elif HOPPER and 33 <= T <= 64:
         kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 1)](
-            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 64, 128), x, out, partial, arrivals, T,
+            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 64, 128), x, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=6, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=104, launch_pdl=PDL)
+        out_sums.parts = 64
     elif HOPPER and 65 <= T <= 128:
         kernels.o_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(4096, 64), 1)](
-            tiles(o_proj, 4096, 64, 64), tiles(attended[:T], 4096, 128, 64), x, out, partial, arrivals, T,
+            tiles(o_proj, 4096, 64, 64), tiles(attended[:T], 4096, 128, 64), x, out, out_sums.place, partial, arrivals,
+            T,
             BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=9, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=152, launch_pdl=PDL)
+        out_sums.parts = 64
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, x, out, partial, arrivals, T,
@@ -163,35 +174,40 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
         torch.addmm(x[:T], attended[:T], o_proj.view(4096, 4096).t(), out=out[:T])
 
 
-def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
+def gate_up_proj(m, T, gate_up_proj, x, out, x_sums, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(14336, 1),)](
             gate_up_proj, x, out,
             BLOCK_N=1, BLOCK_K=2048, STAGES=3, PDL=PDL, num_warps=8, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 8:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(14336, 64), 1)](
-            tiles(gate_up_proj, 4096, 64, 256), tiles(x[:T], 4096, 8, 256), out, partial, arrivals, T,
-            BLOCK_M=8, BLOCK_N=64, BLOCK_K=256, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=40,
+            tiles(gate_up_proj, 4096, 64, 256), tiles(x[:T], 4096, 8, 256), x_sums.place, out, partial, arrivals, T,
+            x_sums.parts,
+            BLOCK_M=8, BLOCK_N=64, BLOCK_K=256, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=40, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(14336, 64), 1)](
-            tiles(gate_up_proj, 4096, 64, 256), tiles(x[:T], 4096, 16, 256), out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=48,
+            tiles(gate_up_proj, 4096, 64, 256), tiles(x[:T], 4096, 16, 256), x_sums.place, out, partial, arrivals, T,
+            x_sums.parts,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(14336, 128), 1)](
-            tiles(gate_up_proj, 4096, 128, 128), tiles(x[:T], 4096, 32, 128), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=48,
+            tiles(gate_up_proj, 4096, 128, 128), tiles(x[:T], 4096, 32, 128), x_sums.place, out, partial, arrivals, T,
+            x_sums.parts,
+            BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=8, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(14336, 128), 1)](
-            tiles(gate_up_proj, 4096, 128, 64), tiles(x[:T], 4096, 64, 64), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=48,
+            tiles(gate_up_proj, 4096, 128, 64), tiles(x[:T], 4096, 64, 64), x_sums.place, out, partial, arrivals, T,
+            x_sums.parts,
+            BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=120, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(14336, 128), 1)](
-            tiles(gate_up_proj, 4096, 128, 64), tiles(x[:T], 4096, 128, 64), out, partial, arrivals, T,
-            BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=56,
+            tiles(gate_up_proj, 4096, 128, 64), tiles(x[:T], 4096, 128, 64), x_sums.place, out, partial, arrivals, T,
+            x_sums.parts,
+            BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=56, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=8, maxnreg=128, launch_pdl=PDL)
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(14336, 64), 1)](
@@ -221,36 +237,47 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
             BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
+def down_proj(m, T, down_proj, x, x_2, out, out_sums, partial, arrivals):
+    out_sums.parts = 0
     if T == 1:
         kernels.down_proj_gemv[(triton.cdiv(4096, 1),)](
             down_proj, x, x_2, out,
             BLOCK_N=1, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 8:
         kernels.down_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(4096, 64), 4)](
-            tiles(down_proj, 14336, 64, 128), tiles(x[:T], 14336, 8, 128), x_2, out, partial, arrivals, T,
+            tiles(down_proj, 14336, 64, 128), tiles(x[:T], 14336, 8, 128), x_2, out, out_sums.place, partial, arrivals,
+            T,
             BLOCK_M=8, BLOCK_N=64, BLOCK_K=128, STAGES=6, SPLITS=4,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
+        out_sums.parts = 64
     elif HOPPER and 2 <= T <= 16:
         kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
-            tiles(down_proj, 14336, 64, 128), tiles(x[:T], 14336, 16, 128), x_2, out, partial, arrivals, T,
+            tiles(down_proj, 14336, 64, 128), tiles(x[:T], 14336, 16, 128), x_2, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=11, SPLITS=2,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
+        out_sums.parts = 64
     elif HOPPER and 17 <= T <= 32:
         kernels.down_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 2)](
-            tiles(down_proj, 14336, 64, 128), tiles(x[:T], 14336, 32, 128), x_2, out, partial, arrivals, T,
+            tiles(down_proj, 14336, 64, 128), tiles(x[:T], 14336, 32, 128), x_2, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=9, SPLITS=2,
             PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+        out_sums.parts = 64
     elif HOPPER and 33 <= T <= 64:
         kernels.down_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 2)](
-            tiles(down_proj, 14336, 64, 128), tiles(x[:T], 14336, 64, 128), x_2, out, partial, arrivals, T,
+            tiles(down_proj, 14336, 64, 128), tiles(x[:T], 14336, 64, 128), x_2, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=6, SPLITS=2,
             PDL=PDL, num_warps=4, maxnreg=104, launch_pdl=PDL)
+        out_sums.parts = 64
     elif HOPPER and 65 <= T <= 128:
         kernels.down_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(4096, 64), 2)](
-            tiles(down_proj, 14336, 64, 64), tiles(x[:T], 14336, 128, 64), x_2, out, partial, arrivals, T,
+            tiles(down_proj, 14336, 64, 64), tiles(x[:T], 14336, 128, 64), x_2, out, out_sums.place, partial, arrivals,
+            T,
             BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=9, SPLITS=2,
             PDL=PDL, num_warps=8, maxnreg=168, launch_pdl=PDL)
+        out_sums.parts = 64
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             down_proj, x, x_2, out, partial, arrivals, T,
@@ -275,28 +302,32 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
         torch.addmm(x_2[:T], x[:T], down_proj.view(4096, 14336).t(), out=out[:T])
 
 
-def lm_head(m, b, draw, N, lm_head, rows, x, out, best, temperature, seed_low, seed_high, lengths, partial, arrivals):
+def lm_head(m, b, draw, N, lm_head, rows, x, out, x_sums, best, temperature, seed_low, seed_high, lengths, partial,
+        arrivals):
     if N == 1:
         kernels.lm_head_gemv[(triton.cdiv(32000, 4),)](
             lm_head, rows, x, out,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(32000, 64), 1)](
-            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 16, 128), best, temperature, seed_low,
-            seed_high, lengths, out, partial, arrivals, N,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40, DRAW=draw,
+            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 16, 128), x_sums.place, best, temperature,
+            seed_low, seed_high, lengths, out, partial, arrivals, N, x_sums.parts,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40,
+            HANDED=x_sums.parts > 0 and b.every, DRAW=draw,
             PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 17 <= N <= 32:
         kernels.lm_head_stream[(triton.cdiv(N, 32) * triton.cdiv(32000, 64), 1)](
-            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 32, 128), best, temperature, seed_low,
-            seed_high, lengths, out, partial, arrivals, N,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=48, DRAW=draw,
+            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 32, 128), x_sums.place, best, temperature,
+            seed_low, seed_high, lengths, out, partial, arrivals, N, x_sums.parts,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=48,
+            HANDED=x_sums.parts > 0 and b.every, DRAW=draw,
             PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 33 <= N <= 64:
         kernels.lm_head_stream[(triton.cdiv(N, 64) * triton.cdiv(32000, 64), 1)](
-            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 64, 128), best, temperature, seed_low,
-            seed_high, lengths, out, partial, arrivals, N,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=56, DRAW=draw,
+            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 64, 128), x_sums.place, best, temperature,
+            seed_low, seed_high, lengths, out, partial, arrivals, N, x_sums.parts,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=56,
+            HANDED=x_sums.parts > 0 and b.every, DRAW=draw,
             PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif N <= 16:
         kernels.lm_head_skinny[(triton.cdiv(N, 16) * triton.cdiv(32000, 32), 1)](
@@ -323,17 +354,17 @@ def step(m, b, d=NOTHING):
     logits = None if d.mode and N > 1 else torch.empty((N, 32000), dtype=torch.float32, device=b.ids.device)
     embed_tokens_positions(T, b.ids, w["model.embed_tokens"], m.x, b.positions, w["constants.table"], m.cos, m.sin)
     q_k_v_proj(m, T, w["model.layers.0.q_k_v_proj"], m.x, m.cos, m.sin, m.x_2, c["model.layers.0.self_attn.k"],
-            b.slots, c["model.layers.0.self_attn.v"], m.partial, m.arrivals)
+            b.slots, c["model.layers.0.self_attn.v"], m.no_sums, m.partial, m.arrivals)
     attention(m, b, m.x_2, c["model.layers.0.self_attn.k"], c["model.layers.0.self_attn.v"], m.attended)
-    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.attended, m.x, m.x_2, m.partial, m.arrivals)
-    gate_up_proj(m, T, w["model.layers.0.gate_up_proj"], m.x_2, m.x_3, m.partial, m.arrivals)
-    down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_3, m.x_2, m.x, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.attended, m.x, m.x_2, m.x_2_sums, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.0.gate_up_proj"], m.x_2, m.x_3, m.x_2_sums, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_3, m.x_2, m.x, m.x_sums, m.partial, m.arrivals)
     q_k_v_proj(m, T, w["model.layers.1.q_k_v_proj"], m.x, m.cos, m.sin, m.x_2, c["model.layers.1.self_attn.k"],
-            b.slots, c["model.layers.1.self_attn.v"], m.partial, m.arrivals)
+            b.slots, c["model.layers.1.self_attn.v"], m.x_sums, m.partial, m.arrivals)
     attention(m, b, m.x_2, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.attended)
-    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.attended, m.x, m.x_4, m.partial, m.arrivals)
-    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_4, m.x_5, m.partial, m.arrivals)
-    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_5, m.x_4, m.x, m.partial, m.arrivals)
-    lm_head(m, b, d.mode, N, w["lm_head"], b.rows, m.x, logits, d.best, d.temperature, d.seed_low, d.seed_high,
-            d.lengths, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.attended, m.x, m.x_4, m.x_4_sums, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_4, m.x_5, m.x_4_sums, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_5, m.x_4, m.x, m.x_sums, m.partial, m.arrivals)
+    lm_head(m, b, d.mode, N, w["lm_head"], b.rows, m.x, logits, m.x_sums, d.best, d.temperature, d.seed_low,
+            d.seed_high, d.lengths, m.partial, m.arrivals)
     return logits

@@ -1534,7 +1534,7 @@ def lm_head_stream_reductions(x_ring, row_sums, ready, done, steps, BLOCK_M: gl.
         place = step % STAGES
         mbarrier.wait(ready.index(place), step // STAGES & 1)
         x_seen = x_ring.index(place).load(X).to(gl.float32)
-        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)  # what it read of the step before has arrived
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)  # what it read before has arrived
         mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2), EIGHTS)
     row_sums.index(0).store(gl.sum(mean_k, 1))
 

@@ -25,28 +25,28 @@ def embed_tokens_positions(T, ids, embed_tokens, out0, pos, table, out1, out2):
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=False)
 
 
-def qkv_proj(m, T, qkv_proj, x, cos, sin, out, k_cache, slots, v_cache, partial, arrivals):
+def qkv_proj(m, T, qkv_proj, x, cos, sin, out, k_cache, slots, v_cache, x_sums, partial, arrivals):
     if T == 1:
         kernels.qkv_proj_gemv[(triton.cdiv(4608, 4),)](
             qkv_proj, x, cos, sin, out, k_cache, slots, v_cache,
             BLOCK_N=4, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.qkv_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4608, 64), 3)](
-            tiles(qkv_proj, 3072, 64, 128), tiles(x[:T], 3072, 16, 128), cos, sin, out, k_cache, slots, v_cache,
-            partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=3, REDUCERS=4, REDUCING=40,
+            tiles(qkv_proj, 3072, 64, 128), tiles(x[:T], 3072, 16, 128), x_sums.place, cos, sin, out, k_cache, slots,
+            v_cache, partial, arrivals, T, x_sums.parts,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=3, REDUCERS=4, REDUCING=40, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.qkv_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4608, 64), 3)](
-            tiles(qkv_proj, 3072, 64, 64), tiles(x[:T], 3072, 32, 64), cos, sin, out, k_cache, slots, v_cache, partial,
-            arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, SPLITS=3, REDUCERS=4, REDUCING=40,
+            tiles(qkv_proj, 3072, 64, 64), tiles(x[:T], 3072, 32, 64), x_sums.place, cos, sin, out, k_cache, slots,
+            v_cache, partial, arrivals, T, x_sums.parts,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, SPLITS=3, REDUCERS=4, REDUCING=40, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.qkv_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4608, 64), 3)](
-            tiles(qkv_proj, 3072, 64, 64), tiles(x[:T], 3072, 64, 64), cos, sin, out, k_cache, slots, v_cache, partial,
-            arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, SPLITS=3, REDUCERS=4, REDUCING=48,
+            tiles(qkv_proj, 3072, 64, 64), tiles(x[:T], 3072, 64, 64), x_sums.place, cos, sin, out, k_cache, slots,
+            v_cache, partial, arrivals, T, x_sums.parts,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, SPLITS=3, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif T <= 16:
         kernels.qkv_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4608, 16), 1)](
@@ -93,26 +93,33 @@ def attention(m, b, q, k_cache, v_cache, out):
             **launch.constants, **launch.options)
 
 
-def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
+def o_proj(m, T, o_proj, attended, x, out, out_sums, partial, arrivals):
+    out_sums.parts = 0
     if T == 1:
         kernels.o_proj_gemv[(triton.cdiv(3072, 4),)](
             o_proj, attended, x, out,
             BLOCK_N=4, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3072, 64), 5)](
-            tiles(o_proj, 3072, 64, 128), tiles(attended[:T], 3072, 16, 128), x, out, partial, arrivals, T,
+            tiles(o_proj, 3072, 64, 128), tiles(attended[:T], 3072, 16, 128), x, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=5,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
+        out_sums.parts = 48
     elif HOPPER and 17 <= T <= 32:
         kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3072, 64), 5)](
-            tiles(o_proj, 3072, 64, 128), tiles(attended[:T], 3072, 32, 128), x, out, partial, arrivals, T,
+            tiles(o_proj, 3072, 64, 128), tiles(attended[:T], 3072, 32, 128), x, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=5,
             PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+        out_sums.parts = 48
     elif HOPPER and 33 <= T <= 64:
         kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3072, 64), 5)](
-            tiles(o_proj, 3072, 64, 128), tiles(attended[:T], 3072, 64, 128), x, out, partial, arrivals, T,
+            tiles(o_proj, 3072, 64, 128), tiles(attended[:T], 3072, 64, 128), x, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=5,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
+        out_sums.parts = 48
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3072, 32), 2)](
             o_proj, attended, x, out, partial, arrivals, T,
@@ -133,25 +140,28 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
         torch.addmm(x[:T], attended[:T], o_proj.view(3072, 3072).t(), out=out[:T])
 
 
-def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
+def gate_up_proj(m, T, gate_up_proj, x, out, x_sums, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(8192, 4),)](
             gate_up_proj, x, out,
             BLOCK_N=4, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(8192, 64), 2)](
-            tiles(gate_up_proj, 3072, 64, 128), tiles(x[:T], 3072, 16, 128), out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2, REDUCERS=4, REDUCING=40,
+            tiles(gate_up_proj, 3072, 64, 128), tiles(x[:T], 3072, 16, 128), x_sums.place, out, partial, arrivals, T,
+            x_sums.parts,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2, REDUCERS=4, REDUCING=40, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(8192, 64), 2)](
-            tiles(gate_up_proj, 3072, 64, 64), tiles(x[:T], 3072, 32, 64), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, SPLITS=2, REDUCERS=4, REDUCING=40,
+            tiles(gate_up_proj, 3072, 64, 64), tiles(x[:T], 3072, 32, 64), x_sums.place, out, partial, arrivals, T,
+            x_sums.parts,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, SPLITS=2, REDUCERS=4, REDUCING=40, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(8192, 64), 2)](
-            tiles(gate_up_proj, 3072, 64, 64), tiles(x[:T], 3072, 64, 64), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, SPLITS=2, REDUCERS=4, REDUCING=48,
+            tiles(gate_up_proj, 3072, 64, 64), tiles(x[:T], 3072, 64, 64), x_sums.place, out, partial, arrivals, T,
+            x_sums.parts,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, SPLITS=2, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(8192, 16), 1)](
@@ -181,26 +191,33 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
             BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
+def down_proj(m, T, down_proj, x, x_2, out, out_sums, partial, arrivals):
+    out_sums.parts = 0
     if T == 1:
         kernels.down_proj_gemv[(triton.cdiv(3072, 4),)](
             down_proj, x, x_2, out,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(3072, 64), 5)](
-            tiles(down_proj, 8192, 64, 128), tiles(x[:T], 8192, 16, 128), x_2, out, partial, arrivals, T,
+            tiles(down_proj, 8192, 64, 128), tiles(x[:T], 8192, 16, 128), x_2, out, out_sums.place, partial, arrivals,
+            T,
             BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=5,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
+        out_sums.parts = 48
     elif HOPPER and 17 <= T <= 32:
         kernels.down_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3072, 64), 5)](
-            tiles(down_proj, 8192, 64, 128), tiles(x[:T], 8192, 32, 128), x_2, out, partial, arrivals, T,
+            tiles(down_proj, 8192, 64, 128), tiles(x[:T], 8192, 32, 128), x_2, out, out_sums.place, partial, arrivals,
+            T,
             BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=5,
             PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+        out_sums.parts = 48
     elif HOPPER and 33 <= T <= 64:
         kernels.down_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3072, 64), 5)](
-            tiles(down_proj, 8192, 64, 128), tiles(x[:T], 8192, 64, 128), x_2, out, partial, arrivals, T,
+            tiles(down_proj, 8192, 64, 128), tiles(x[:T], 8192, 64, 128), x_2, out, out_sums.place, partial, arrivals,
+            T,
             BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=5,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
+        out_sums.parts = 48
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(3072, 32), 2)](
             down_proj, x, x_2, out, partial, arrivals, T,
@@ -221,28 +238,32 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
         torch.addmm(x_2[:T], x[:T], down_proj.view(3072, 8192).t(), out=out[:T])
 
 
-def lm_head(m, b, draw, N, lm_head, rows, x, out, best, temperature, seed_low, seed_high, lengths, partial, arrivals):
+def lm_head(m, b, draw, N, lm_head, rows, x, out, x_sums, best, temperature, seed_low, seed_high, lengths, partial,
+        arrivals):
     if N == 1:
         kernels.lm_head_gemv[(triton.cdiv(32064, 8),)](
             lm_head, rows, x, out,
             BLOCK_N=8, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(32064, 64), 1)](
-            tiles(lm_head, 3072, 64, 128), tiles(m.picked(x, b), 3072, 16, 128), best, temperature, seed_low,
-            seed_high, lengths, out, partial, arrivals, N,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40, DRAW=draw,
+            tiles(lm_head, 3072, 64, 128), tiles(m.picked(x, b), 3072, 16, 128), x_sums.place, best, temperature,
+            seed_low, seed_high, lengths, out, partial, arrivals, N, x_sums.parts,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40,
+            HANDED=x_sums.parts > 0 and b.every, DRAW=draw,
             PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 17 <= N <= 32:
         kernels.lm_head_stream[(triton.cdiv(N, 32) * triton.cdiv(32064, 64), 1)](
-            tiles(lm_head, 3072, 64, 128), tiles(m.picked(x, b), 3072, 32, 128), best, temperature, seed_low,
-            seed_high, lengths, out, partial, arrivals, N,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=48, DRAW=draw,
+            tiles(lm_head, 3072, 64, 128), tiles(m.picked(x, b), 3072, 32, 128), x_sums.place, best, temperature,
+            seed_low, seed_high, lengths, out, partial, arrivals, N, x_sums.parts,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=48,
+            HANDED=x_sums.parts > 0 and b.every, DRAW=draw,
             PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 33 <= N <= 64:
         kernels.lm_head_stream[(triton.cdiv(N, 64) * triton.cdiv(32064, 64), 1)](
-            tiles(lm_head, 3072, 64, 128), tiles(m.picked(x, b), 3072, 64, 128), best, temperature, seed_low,
-            seed_high, lengths, out, partial, arrivals, N,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=56, DRAW=draw,
+            tiles(lm_head, 3072, 64, 128), tiles(m.picked(x, b), 3072, 64, 128), x_sums.place, best, temperature,
+            seed_low, seed_high, lengths, out, partial, arrivals, N, x_sums.parts,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=56,
+            HANDED=x_sums.parts > 0 and b.every, DRAW=draw,
             PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif N <= 16:
         kernels.lm_head_skinny[(triton.cdiv(N, 16) * triton.cdiv(32064, 32), 1)](
@@ -269,17 +290,17 @@ def step(m, b, d=NOTHING):
     logits = None if d.mode and N > 1 else torch.empty((N, 32064), dtype=torch.float32, device=b.ids.device)
     embed_tokens_positions(T, b.ids, w["model.embed_tokens"], m.x, b.positions, w["constants.table"], m.cos, m.sin)
     qkv_proj(m, T, w["model.layers.0.qkv_proj"], m.x, m.cos, m.sin, m.x_2, c["model.layers.0.self_attn.k"], b.slots,
-            c["model.layers.0.self_attn.v"], m.partial, m.arrivals)
+            c["model.layers.0.self_attn.v"], m.no_sums, m.partial, m.arrivals)
     attention(m, b, m.x_2, c["model.layers.0.self_attn.k"], c["model.layers.0.self_attn.v"], m.attended)
-    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.attended, m.x, m.x_2, m.partial, m.arrivals)
-    gate_up_proj(m, T, w["model.layers.0.gate_up_proj"], m.x_2, m.x_3, m.partial, m.arrivals)
-    down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_3, m.x_2, m.x, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.attended, m.x, m.x_2, m.x_2_sums, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.0.gate_up_proj"], m.x_2, m.x_3, m.x_2_sums, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_3, m.x_2, m.x, m.x_sums, m.partial, m.arrivals)
     qkv_proj(m, T, w["model.layers.1.qkv_proj"], m.x, m.cos, m.sin, m.x_2, c["model.layers.1.self_attn.k"], b.slots,
-            c["model.layers.1.self_attn.v"], m.partial, m.arrivals)
+            c["model.layers.1.self_attn.v"], m.x_sums, m.partial, m.arrivals)
     attention(m, b, m.x_2, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.attended)
-    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.attended, m.x, m.x_4, m.partial, m.arrivals)
-    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_4, m.x_5, m.partial, m.arrivals)
-    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_5, m.x_4, m.x, m.partial, m.arrivals)
-    lm_head(m, b, d.mode, N, w["lm_head"], b.rows, m.x, logits, d.best, d.temperature, d.seed_low, d.seed_high,
-            d.lengths, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.attended, m.x, m.x_4, m.x_4_sums, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_4, m.x_5, m.x_4_sums, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_5, m.x_4, m.x, m.x_sums, m.partial, m.arrivals)
+    lm_head(m, b, d.mode, N, w["lm_head"], b.rows, m.x, logits, m.x_sums, d.best, d.temperature, d.seed_low,
+            d.seed_high, d.lengths, m.partial, m.arrivals)
     return logits

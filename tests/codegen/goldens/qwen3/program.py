@@ -25,28 +25,28 @@ def embed_tokens_positions(T, ids, embed_tokens, out0, pos, table, out1, out2):
         BLOCK_M=1, PDL=PDL, num_warps=8, launch_pdl=False)
 
 
-def q_k_v_proj(m, T, q_k_v_proj, x, out0, out1, v_cache, slots, partial, arrivals):
+def q_k_v_proj(m, T, q_k_v_proj, x, out0, out1, v_cache, slots, x_sums, partial, arrivals):
     if T == 1:
         kernels.q_k_v_proj_gemv[(triton.cdiv(6144, 4),)](
             q_k_v_proj, x, out0, out1, v_cache, slots,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(6144, 64), 2)](
-            tiles(q_k_v_proj, 4096, 64, 128), tiles(x[:T], 4096, 16, 128), out0, out1, v_cache, slots, partial,
-            arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=2, REDUCERS=4, REDUCING=40,
+            tiles(q_k_v_proj, 4096, 64, 128), tiles(x[:T], 4096, 16, 128), x_sums.place, out0, out1, v_cache, slots,
+            partial, arrivals, T, x_sums.parts,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=2, REDUCERS=4, REDUCING=40, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(6144, 64), 2)](
-            tiles(q_k_v_proj, 4096, 64, 128), tiles(x[:T], 4096, 32, 128), out0, out1, v_cache, slots, partial,
-            arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=2, REDUCERS=4, REDUCING=48,
+            tiles(q_k_v_proj, 4096, 64, 128), tiles(x[:T], 4096, 32, 128), x_sums.place, out0, out1, v_cache, slots,
+            partial, arrivals, T, x_sums.parts,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=2, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(6144, 64), 2)](
-            tiles(q_k_v_proj, 4096, 64, 128), tiles(x[:T], 4096, 64, 128), out0, out1, v_cache, slots, partial,
-            arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2, REDUCERS=4, REDUCING=56,
+            tiles(q_k_v_proj, 4096, 64, 128), tiles(x[:T], 4096, 64, 128), x_sums.place, out0, out1, v_cache, slots,
+            partial, arrivals, T, x_sums.parts,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=2, REDUCERS=4, REDUCING=56, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(6144, 32), 1)](
@@ -103,36 +103,47 @@ def attention(m, b, q, k_cache, v_cache, out, of_x, of_q_norm, of_cos, of_q_norm
             **launch.constants, **launch.options)
 
 
-def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
+def o_proj(m, T, o_proj, attended, x, out, out_sums, partial, arrivals):
+    out_sums.parts = 0
     if T == 1:
         kernels.o_proj_gemv[(triton.cdiv(4096, 4),)](
             o_proj, attended, x, out,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=2, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 8:
         kernels.o_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(4096, 64), 1)](
-            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 8, 128), x, out, partial, arrivals, T,
+            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 8, 128), x, out, out_sums.place, partial, arrivals,
+            T,
             BLOCK_M=8, BLOCK_N=64, BLOCK_K=128, STAGES=12, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
+        out_sums.parts = 64
     elif HOPPER and 2 <= T <= 16:
         kernels.o_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 1)](
-            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 16, 128), x, out, partial, arrivals, T,
+            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 16, 128), x, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=11, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
+        out_sums.parts = 64
     elif HOPPER and 17 <= T <= 32:
         kernels.o_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 1)](
-            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 32, 128), x, out, partial, arrivals, T,
+            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 32, 128), x, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=9, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+        out_sums.parts = 64
     elif HOPPER and 33 <= T <= 64:
         kernels.o_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 1)](
-            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 64, 128), x, out, partial, arrivals, T,
+            tiles(o_proj, 4096, 64, 128), tiles(attended[:T], 4096, 64, 128), x, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=6, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=104, launch_pdl=PDL)
+        out_sums.parts = 64
     elif HOPPER and 65 <= T <= 128:
         kernels.o_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(4096, 64), 1)](
-            tiles(o_proj, 4096, 64, 64), tiles(attended[:T], 4096, 128, 64), x, out, partial, arrivals, T,
+            tiles(o_proj, 4096, 64, 64), tiles(attended[:T], 4096, 128, 64), x, out, out_sums.place, partial, arrivals,
+            T,
             BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, STAGES=9, SPLITS=1,
             PDL=PDL, num_warps=4, maxnreg=152, launch_pdl=PDL)
+        out_sums.parts = 64
     elif T <= 16:
         kernels.o_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 2)](
             o_proj, attended, x, out, partial, arrivals, T,
@@ -157,25 +168,28 @@ def o_proj(m, T, o_proj, attended, x, out, partial, arrivals):
         torch.addmm(x[:T], attended[:T], o_proj.view(4096, 4096).t(), out=out[:T])
 
 
-def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
+def gate_up_proj(m, T, gate_up_proj, x, out, x_sums, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(12288, 2),)](
             gate_up_proj, x, out,
             BLOCK_N=2, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(12288, 64), 1)](
-            tiles(gate_up_proj, 4096, 64, 128), tiles(x[:T], 4096, 16, 128), out, partial, arrivals, T,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=40,
+            tiles(gate_up_proj, 4096, 64, 128), tiles(x[:T], 4096, 16, 128), x_sums.place, out, partial, arrivals, T,
+            x_sums.parts,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=40, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(12288, 64), 1)](
-            tiles(gate_up_proj, 4096, 64, 64), tiles(x[:T], 4096, 32, 64), out, partial, arrivals, T,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40,
+            tiles(gate_up_proj, 4096, 64, 64), tiles(x[:T], 4096, 32, 64), x_sums.place, out, partial, arrivals, T,
+            x_sums.parts,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(12288, 64), 1)](
-            tiles(gate_up_proj, 4096, 64, 64), tiles(x[:T], 4096, 64, 64), out, partial, arrivals, T,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=48,
+            tiles(gate_up_proj, 4096, 64, 64), tiles(x[:T], 4096, 64, 64), x_sums.place, out, partial, arrivals, T,
+            x_sums.parts,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(12288, 16), 1)](
@@ -205,26 +219,33 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
             BLOCK_M=8, BLOCK_N=256, PDL=PDL, num_warps=4, launch_pdl=PDL)
 
 
-def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
+def down_proj(m, T, down_proj, x, x_2, out, out_sums, partial, arrivals):
+    out_sums.parts = 0
     if T == 1:
         kernels.down_proj_gemv[(triton.cdiv(4096, 4),)](
             down_proj, x, x_2, out,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.down_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4096, 64), 4)](
-            tiles(down_proj, 12288, 64, 128), tiles(x[:T], 12288, 16, 128), x_2, out, partial, arrivals, T,
+            tiles(down_proj, 12288, 64, 128), tiles(x[:T], 12288, 16, 128), x_2, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=4,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
+        out_sums.parts = 64
     elif HOPPER and 17 <= T <= 32:
         kernels.down_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(4096, 64), 4)](
-            tiles(down_proj, 12288, 64, 128), tiles(x[:T], 12288, 32, 128), x_2, out, partial, arrivals, T,
+            tiles(down_proj, 12288, 64, 128), tiles(x[:T], 12288, 32, 128), x_2, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=4,
             PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
+        out_sums.parts = 64
     elif HOPPER and 33 <= T <= 64:
         kernels.down_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(4096, 64), 4)](
-            tiles(down_proj, 12288, 64, 128), tiles(x[:T], 12288, 64, 128), x_2, out, partial, arrivals, T,
+            tiles(down_proj, 12288, 64, 128), tiles(x[:T], 12288, 64, 128), x_2, out, out_sums.place, partial,
+            arrivals, T,
             BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=4,
             PDL=PDL, num_warps=8, maxnreg=80, launch_pdl=PDL)
+        out_sums.parts = 64
     elif T <= 16:
         kernels.down_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(4096, 32), 2)](
             down_proj, x, x_2, out, partial, arrivals, T,
@@ -245,28 +266,32 @@ def down_proj(m, T, down_proj, x, x_2, out, partial, arrivals):
         torch.addmm(x_2[:T], x[:T], down_proj.view(4096, 12288).t(), out=out[:T])
 
 
-def lm_head(m, b, draw, N, lm_head, rows, x, out, best, temperature, seed_low, seed_high, lengths, partial, arrivals):
+def lm_head(m, b, draw, N, lm_head, rows, x, out, x_sums, best, temperature, seed_low, seed_high, lengths, partial,
+        arrivals):
     if N == 1:
         kernels.lm_head_gemv[(triton.cdiv(151936, 4),)](
             lm_head, rows, x, out,
             BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(151936, 64), 1)](
-            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 16, 128), best, temperature, seed_low,
-            seed_high, lengths, out, partial, arrivals, N,
-            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40, DRAW=draw,
+            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 16, 128), x_sums.place, best, temperature,
+            seed_low, seed_high, lengths, out, partial, arrivals, N, x_sums.parts,
+            BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=40,
+            HANDED=x_sums.parts > 0 and b.every, DRAW=draw,
             PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 17 <= N <= 32:
         kernels.lm_head_stream[(triton.cdiv(N, 32) * triton.cdiv(151936, 64), 1)](
-            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 32, 128), best, temperature, seed_low,
-            seed_high, lengths, out, partial, arrivals, N,
-            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=48, DRAW=draw,
+            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 32, 128), x_sums.place, best, temperature,
+            seed_low, seed_high, lengths, out, partial, arrivals, N, x_sums.parts,
+            BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=48,
+            HANDED=x_sums.parts > 0 and b.every, DRAW=draw,
             PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
     elif HOPPER and 33 <= N <= 64:
         kernels.lm_head_stream[(triton.cdiv(N, 64) * triton.cdiv(151936, 64), 1)](
-            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 64, 128), best, temperature, seed_low,
-            seed_high, lengths, out, partial, arrivals, N,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=56, DRAW=draw,
+            tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 64, 128), x_sums.place, best, temperature,
+            seed_low, seed_high, lengths, out, partial, arrivals, N, x_sums.parts,
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=56,
+            HANDED=x_sums.parts > 0 and b.every, DRAW=draw,
             PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif N <= 16:
         kernels.lm_head_skinny[(triton.cdiv(N, 16) * triton.cdiv(151936, 32), 1)](
@@ -293,27 +318,27 @@ def step(m, b, d=NOTHING):
     logits = None if d.mode and N > 1 else torch.empty((N, 151936), dtype=torch.float32, device=b.ids.device)
     embed_tokens_positions(T, b.ids, w["model.embed_tokens"], m.x, b.positions, w["constants.table"], m.cos, m.sin)
     q_k_v_proj(m, T, w["model.layers.0.q_k_v_proj"], m.x, m.x_2, m.x_3, c["model.layers.0.self_attn.v"], b.slots,
-            m.partial, m.arrivals)
+            m.no_sums, m.partial, m.arrivals)
     self_attn(b, T, m.x_2, w["model.layers.0.self_attn.q_norm"], m.cos, w["model.layers.0.self_attn.q_norm_2"], m.sin,
             m.x_4, m.x_3, w["model.layers.0.self_attn.k_norm"], w["model.layers.0.self_attn.k_norm_2"],
             c["model.layers.0.self_attn.k"], b.slots)
     attention(m, b, m.x_4, c["model.layers.0.self_attn.k"], c["model.layers.0.self_attn.v"], m.attended, m.x_2,
             w["model.layers.0.self_attn.q_norm"], m.cos, w["model.layers.0.self_attn.q_norm_2"], m.sin, m.x_3,
             w["model.layers.0.self_attn.k_norm"], w["model.layers.0.self_attn.k_norm_2"])
-    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.attended, m.x, m.x_2, m.partial, m.arrivals)
-    gate_up_proj(m, T, w["model.layers.0.gate_up_proj"], m.x_2, m.x_5, m.partial, m.arrivals)
-    down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_5, m.x_2, m.x, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.0.self_attn.o_proj"], m.attended, m.x, m.x_2, m.x_2_sums, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.0.gate_up_proj"], m.x_2, m.x_5, m.x_2_sums, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.0.mlp.down_proj"], m.x_5, m.x_2, m.x, m.x_sums, m.partial, m.arrivals)
     q_k_v_proj(m, T, w["model.layers.1.q_k_v_proj"], m.x, m.x_2, m.x_3, c["model.layers.1.self_attn.v"], b.slots,
-            m.partial, m.arrivals)
+            m.x_sums, m.partial, m.arrivals)
     self_attn(b, T, m.x_2, w["model.layers.1.self_attn.q_norm"], m.cos, w["model.layers.1.self_attn.q_norm_2"], m.sin,
             m.x_4, m.x_3, w["model.layers.1.self_attn.k_norm"], w["model.layers.1.self_attn.k_norm_2"],
             c["model.layers.1.self_attn.k"], b.slots)
     attention(m, b, m.x_4, c["model.layers.1.self_attn.k"], c["model.layers.1.self_attn.v"], m.attended, m.x_2,
             w["model.layers.1.self_attn.q_norm"], m.cos, w["model.layers.1.self_attn.q_norm_2"], m.sin, m.x_3,
             w["model.layers.1.self_attn.k_norm"], w["model.layers.1.self_attn.k_norm_2"])
-    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.attended, m.x, m.x_6, m.partial, m.arrivals)
-    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_6, m.x_7, m.partial, m.arrivals)
-    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_7, m.x_6, m.x, m.partial, m.arrivals)
-    lm_head(m, b, d.mode, N, w["lm_head"], b.rows, m.x, logits, d.best, d.temperature, d.seed_low, d.seed_high,
-            d.lengths, m.partial, m.arrivals)
+    o_proj(m, T, w["model.layers.1.self_attn.o_proj"], m.attended, m.x, m.x_6, m.x_6_sums, m.partial, m.arrivals)
+    gate_up_proj(m, T, w["model.layers.1.gate_up_proj"], m.x_6, m.x_7, m.x_6_sums, m.partial, m.arrivals)
+    down_proj(m, T, w["model.layers.1.mlp.down_proj"], m.x_7, m.x_6, m.x, m.x_sums, m.partial, m.arrivals)
+    lm_head(m, b, d.mode, N, w["lm_head"], b.rows, m.x, logits, m.x_sums, d.best, d.temperature, d.seed_low,
+            d.seed_high, d.lengths, m.partial, m.arrivals)
     return logits
