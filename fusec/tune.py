@@ -34,7 +34,7 @@ from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, form_of, tiles
 from fusec.codegen.contraction import Contraction
 from fusec.codegen.contraction_kernel import contraction
 from fusec.codegen.module import preamble
-from fusec.codegen.row_sums import Handovers, handovers
+from fusec.codegen.row_sums import Handover, Handovers, handovers
 from fusec.runtime.batch import Batch
 from fusec.runtime.drawing import NOTHING, Drawing, places
 from fusec.runtime.row_sums import RowSums
@@ -222,7 +222,7 @@ class Tuner:
             if kind not in files:
                 name = f"{function.name}_{kind[0]}"
                 draws = any(s.facts.get("draws") for s in function.sources)
-                hands = self.handovers.makes.get(function.kernel), function.kernel in self.handovers.takes
+                hands = self.hands_of(function)
                 source = contraction(function.kernel, name, kind[0], [], self.module.dtype, tiles.block_n, tiles.block_k, parts,
                                      draws, *hands)  # fmt: skip
                 path = Path(self.folder.name, f"{name}_{tokens}_{kind[1]:d}{kind[2]:d}.py")
@@ -230,6 +230,12 @@ class Tuner:
                 files[kind] = (str(path), name, source)
             found.append(Candidate(kind[0], tiles, *files[kind]))
         return found
+
+    def hands_of(self, function) -> tuple[Handover | None, bool]:
+        """Which row reductions a kernel leaves, and whether it asks for its own, as the program has it."""
+        facts = [s.facts for s in function.sources]
+        makes = self.handovers.makes.get(function.kernel) if any(f.get("makes") for f in facts) else None
+        return makes, any(f.get("takes") for f in facts)
 
     def used(self, function, form: str, tokens: int):
         """The tile with which the program launches a kernel for one or a few tokens, by its table or the rule."""
@@ -263,10 +269,10 @@ class Tuner:
         launch = next(n for n in self.module.launches if n.function == function.name)
         facts, variants = source.facts, []
         leaves, reductions = facts["leaves"], facts["reductions"]
-        for drawing in (NOTHING, self.drawing(1)) if facts["draws"] else (NOTHING,):
+        drawings = (NOTHING, self.drawing(1)) if facts["draws"] else (NOTHING,)
+        for drawing, handed in itertools.product(drawings, (False, True) if facts["takes"] else (None,)):
             values = self.values(function, launch, self.batch(1), drawing)
             draw = values["draw"] if facts["draws"] else None
-            handed = True if facts["takes"] else None
             sizes = constants(option.form, option.tiles, leaves, reductions, draw, handed) | {"PDL": True}
             blocks, pointers = blocks_of(source, sizes), []
             for pointer in source.roles:
@@ -274,7 +280,7 @@ class Tuner:
                 value = value.place if isinstance(value, RowSums) else value
                 kind = None if value is None else str(value.dtype).removeprefix("torch.")
                 pointers.append((kind, facts["k"], blocks[pointer]) if pointer in blocks else kind)
-            variants.append(([*pointers, *([33] if option.form != "gemv" else []), *([17] if handed else [])], sizes))
+            variants.append(([*pointers, *([33] if option.form != "gemv" else []), *([17] if facts["takes"] else [])], sizes))
         options = {**launch_options(option.form, option.tiles, leaves, reductions), "launch_pdl": True}
         return option.path, option.name, options, variants
 
@@ -400,8 +406,10 @@ class Tuner:
         """(µs a launch, candidate), the fastest first: over all layers in turn."""
         batch = self.batch(tokens)
         launches = [n for n in self.module.launches if n.function == function.name]
-        self.program.forward(batch, self.drawing(tokens))  # row reductions are found where they are in use
+        self.program.forward(batch, self.drawing(tokens))  # row reductions are left where a step leaves them
         calls = [self.values(function, launch, batch) for launch in launches * (3 if len(launches) == 1 else 1)]
+        takes = [s.facts["takes"] for s in function.sources if s.facts.get("takes")]
+        checked = calls[0] | dict.fromkeys(takes, self.program.no_sums)  # of random buffers a step has left none
         results = [p.removesuffix("_ptr") for p, role in self.source(function, "gemv").roles.items() if role[0] == "output"]
         self.fill_buffers(tokens)
         state = self.program.arena.clone()  # launches write over one another's inputs
@@ -415,8 +423,8 @@ class Tuner:
                 continue
             try:
                 self.program.arena.copy_(state)
-                self.launch(function, option, tokens, calls[0])
-                result = calls[0][results[0]][:tokens].float().clone()
+                self.launch(function, option, tokens, checked)
+                result = checked[results[0]][:tokens].float().clone()
                 torch.cuda.synchronize()
             except Exception as error:  # noqa: BLE001  out of resources: no candidate
                 self.say(f"{function.name} {option.tiles}: {repr(error)[:100]}")
