@@ -88,6 +88,17 @@ def prefill():
 GROUPS = {f.__name__: f for f in (startup, decode, long, attention, prefill)}
 
 
+def tell(rows: list[dict], path: str | None) -> None:
+    """The last row, as soon as it is there: a run that is cut off leaves what it had."""
+    row = rows[-1]
+    value = "–" if row["value"] is None else f"{row['value']:.3f}"
+    bar = "–" if row["bar"] is None else row["bar"]
+    print(f"{'met   ' if row['met'] else 'missed'}  {value:>7}  bar {bar}  {row['what']}", flush=True)
+    if path:
+        with open(path, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(GROUPS), help="groups of rows, with commas between")
@@ -103,17 +114,12 @@ def main():
             for what, value, bar, more_is_better in GROUPS[name]():
                 met = value is not None and (value >= bar if more_is_better else value <= bar)
                 rows.append({"group": name, "what": what, "value": value, "bar": bar, "met": met})
+                tell(rows, options.json)
         except Exception as problem:  # noqa: BLE001  the other groups still run
             what = " ".join(f"{type(problem).__name__}: {problem}".split())[:150]
             rows.append({"group": name, "what": what, "value": None, "bar": None, "met": False})
+            tell(rows, options.json)
         print(f"{name}: {time.monotonic() - clock:.0f} s", file=sys.stderr, flush=True)
-        if options.json:  # after each group: a run that is cut off leaves what it had
-            with open(options.json, "w") as file:
-                json.dump(rows, file, indent=1)
-    for row in rows:
-        mark = "met   " if row["met"] else "missed"
-        value = "–" if row["value"] is None else f"{row['value']:.3f}"
-        print(f"{mark}  {value:>7}  bar {row['bar'] if row['bar'] is not None else '–'}  {row['what']}")
     return 0 if all(row["met"] for row in rows) else 1
 
 
