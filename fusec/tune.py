@@ -234,8 +234,8 @@ class Tuner:
     def hands_of(self, function) -> tuple[Handover | None, bool]:
         """Which row reductions a kernel leaves, and whether it asks for its own, as the program has it."""
         facts = [s.facts for s in function.sources]
-        makes = self.handovers.makes.get(function.kernel) if any(f.get("makes") for f in facts) else None
-        return makes, any(f.get("takes") for f in facts)
+        makes = self.handovers.makes.get(function.kernel) if any(f.get("leaves_sums") for f in facts) else None
+        return makes, any(f.get("finds") for f in facts)
 
     def used(self, function, form: str, tokens: int):
         """The tile with which the program launches a kernel for one or a few tokens, by its table or the rule."""
@@ -259,7 +259,7 @@ class Tuner:
         p.partial = torch.empty(max(p.partial.numel(), most * (columns + 4096)), dtype=torch.float32, device=p.device)
         p.arrivals = torch.zeros(max(p.arrivals.numel(), columns), dtype=torch.int32, device=p.device)
         narrow = min((o.tiles.block_n for o in options if o.form == "stream"), default=1)
-        most = max((o.tiles.tokens * o.source.facts["rows"] * o.source.facts["makes"] for o in options if o.form == "stream"),
+        most = max((o.tiles.tokens * o.source.facts["rows"] * o.source.facts["sums"] for o in options if o.form == "stream"),
                    default=0)  # fmt: skip
         for name in self.module.sums:
             setattr(p, name, RowSums(max(getattr(p, name).place.numel(), most // narrow), p.device))
@@ -270,7 +270,7 @@ class Tuner:
         facts, variants = source.facts, []
         leaves, reductions = facts["leaves"], facts["reductions"]
         drawings = (NOTHING, self.drawing(1)) if facts["draws"] else (NOTHING,)
-        for drawing, handed in itertools.product(drawings, (False, True) if facts["takes"] else (None,)):
+        for drawing, handed in itertools.product(drawings, (False, True) if facts["finds"] else (None,)):
             values = self.values(function, launch, self.batch(1), drawing)
             draw = values["draw"] if facts["draws"] else None
             sizes = constants(option.form, option.tiles, leaves, reductions, draw, handed) | {"PDL": True}
@@ -280,7 +280,7 @@ class Tuner:
                 value = value.place if isinstance(value, RowSums) else value
                 kind = None if value is None else str(value.dtype).removeprefix("torch.")
                 pointers.append((kind, facts["k"], blocks[pointer]) if pointer in blocks else kind)
-            variants.append(([*pointers, *([33] if option.form != "gemv" else []), *([17] if facts["takes"] else [])], sizes))
+            variants.append(([*pointers, *([33] if option.form != "gemv" else []), *([17] if facts["finds"] else [])], sizes))
         options = {**launch_options(option.form, option.tiles, leaves, reductions), "launch_pdl": True}
         return option.path, option.name, options, variants
 
@@ -379,7 +379,7 @@ class Tuner:
         """Launches a candidate in the place of `function`. values: parameter of the launch function -> argument."""
         source, t = option.source, option.tiles
         leaves, reductions = source.facts["leaves"], source.facts["reductions"]
-        found = values[source.facts["takes"]] if source.facts["takes"] else None
+        found = values[source.facts["finds"]] if source.facts["finds"] else None
         draw = values["draw"] if source.facts["draws"] else None
         sizes = constants(option.form, t, leaves, reductions, draw, found and found.parts > 0)
         blocks = -(-source.facts["rows"] // t.block_n)
@@ -399,8 +399,8 @@ class Tuner:
         arguments += [found.parts] if found else []
         kernel = getattr(load_kernels(option.path), option.name)
         kernel[grid](*arguments, **sizes, PDL=True, **launch_options(option.form, t, leaves, reductions), launch_pdl=True)
-        if "out_sums" in values:
-            values["out_sums"].parts = blocks if source.facts["makes"] else 0
+        for left in {s.facts.get("leaves_sums") for s in function.sources} - {None}:
+            values[left].parts = blocks if source.facts["leaves_sums"] else 0
 
     def alone(self, function, form, tokens, options, futures, deadline) -> list[tuple[float, Candidate]]:
         """(µs a launch, candidate), the fastest first: over all layers in turn."""
@@ -408,8 +408,8 @@ class Tuner:
         launches = [n for n in self.module.launches if n.function == function.name]
         self.program.forward(batch, self.drawing(tokens))  # row reductions are left where a step leaves them
         calls = [self.values(function, launch, batch) for launch in launches * (3 if len(launches) == 1 else 1)]
-        takes = [s.facts["takes"] for s in function.sources if s.facts.get("takes")]
-        checked = calls[0] | dict.fromkeys(takes, self.program.no_sums)  # of random buffers a step has left none
+        finds = [s.facts["finds"] for s in function.sources if s.facts.get("finds")]
+        checked = calls[0] | dict.fromkeys(finds, self.program.no_sums)  # of random buffers a step has left none
         results = [p.removesuffix("_ptr") for p, role in self.source(function, "gemv").roles.items() if role[0] == "output"]
         self.fill_buffers(tokens)
         state = self.program.arena.clone()  # launches write over one another's inputs

@@ -155,8 +155,9 @@ class ContractionWriter(Writer):
             "described": described,
             "reductions": len(beside),
             "draws": self.draws,
-            "takes": found and found.removesuffix("_ptr"),
-            "makes": len(self.makes.reader.beside) if self.makes else 0,
+            "finds": found and found.removesuffix("_ptr"),
+            "leaves_sums": self.left and self.left.removesuffix("_ptr"),
+            "sums": len(self.makes.reader.beside) if self.makes else 0,
             "picked": parts.stored[1].attrs["name"] if described and parts.stored[1] else None,
         }
         return Source(name, form, text, self.params.roles, facts)
@@ -189,6 +190,7 @@ class ContractionWriter(Writer):
         return x, f"tl.where(k_mask, {x}, 0.0).to({cast})" if self.many and self.masked_k else f"{x}.to({cast})"
 
     known: dict | None = None
+    left: str | None = None  # where it leaves row reductions
 
     @property
     def x_role(self) -> tuple:
@@ -334,7 +336,7 @@ class ContractionWriter(Writer):
         """Lines that leave row reductions of what a tile has stored: of the values as the next kernel will read them."""
         lines, reader = [], self.makes.reader
         out = self.params.pointer("out", ("output", 0))
-        sums = self.params.pointer("out_sums", ("sums", "output", 0))
+        self.left = self.params.pointer("out_sums", ("sums", "output", 0))
         seen = self.names.fresh("seen")
         lines.append(f"{seen} = {stored}.to({out}.dtype.element_ty).to(tl.float32)")
         emitter = Emitter(reader.body, self.params, {}, {reader.x: seen}, lines, self.names)
@@ -342,7 +344,7 @@ class ContractionWriter(Writer):
             part, count = "n_0 // BLOCK_N", len(reader.beside)
             row = part if count == 1 else f"({part} * {count} + {number})"
             whole = by_line(REDUCE[value.op][2].format(strip(emitter.write(value.inputs[0])), 0))
-            lines.append(f"tl.store({sums} + {row} * T + t_line, {whole}, mask=t_line < T)")
+            lines.append(f"tl.store({self.left} + {row} * T + t_line, {whole}, mask=t_line < T)")
         return lines
 
     def keep_best(self, logits: str, token: str, masks: tuple[str, ...]) -> list[str]:

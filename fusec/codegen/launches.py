@@ -75,7 +75,8 @@ class Launches:
                 if form == "stream":
                     lines.append(f"elif HOPPER and {t.least} <= {rows} <= {t.tokens}:")
                     lines += indent(self.launch(source, parts, rows, t))
-                    lines += [f"    out_sums.parts = {parts.n // t.block_n}"] if source.facts["makes"] else []
+                    if left := source.facts["leaves_sums"]:
+                        lines.append(f"    {left}.parts = {parts.n // t.block_n}")
                     continue
                 limit = 1 if form == "gemv" else t.tokens or vendor
                 if limit and limit <= reached:
@@ -90,8 +91,8 @@ class Launches:
             sources += tail
             lines += ["else:", *indent(text)]
         params = merge(*(s.roles for s in sources))
-        if any(s.facts.get("makes") for s in sources):
-            lines = ["out_sums.parts = 0", *lines]
+        if left := next((s.facts["leaves_sums"] for s in sources if s.facts.get("leaves_sums")), None):
+            lines = [f"{left}.parts = 0", *lines]
         picks = streams and parts.stored[1]
         model = [("m", ("model",))] if vendor or picks else []
         batch = [("b", ("batch",))] if picks else []
@@ -118,8 +119,8 @@ class Launches:
         if source.form == "stream":
             program = t.program(parts.leaves, source.facts["reductions"])
             registers, constants = program.registers, constants | program.constants
-            if source.facts["takes"]:
-                constants["HANDED"] = f"{source.facts['takes']}.parts > 0{' and b.every' if source.facts['picked'] else ''}"
+            if found := source.facts["finds"]:
+                constants["HANDED"] = f"{found}.parts > 0{' and b.every' if source.facts['picked'] else ''}"
         return self.call(source, f"{grid[:-2]}, {t.splits})", rows, constants, t.num_warps, registers)
 
     def vendor(self, kernel, parts: Contraction, rows: str, comment, stats: Source | None, draws: bool):
@@ -219,7 +220,7 @@ class Launches:
                     name = f"m.picked({name}, b)" if picked else f"{name}[:{tokens}]"
                 name = f"tiles({name}, {source.facts['k']}, {block}, {constants['BLOCK_K']})"
             pointers.append(f"{name}.place" if source.roles[pointer][0] == "sums" else name)
-        found = source.facts.get("takes")
+        found = source.facts.get("finds")
         arguments = ", ".join([*pointers, *([tokens] if tokens else []), *([f"{found}.parts"] if found else [])])
         if source.facts.get("draws"):
             constants = constants | {"DRAW": "draw"}

@@ -191,8 +191,8 @@ class Builder:
         place = f"{self.buffer(self.results[maker, 0])}_sums" if maker else "m.no_sums"
         name = place.removeprefix("m.")
         if maker is kernel:
-            made = next(s.facts for s in function.sources if s.facts.get("makes"))
-            most = max(made["rows"] // t.block_n * t.tokens for t in made["tiles"]) * made["makes"]
+            made = next(s.facts for s in function.sources if s.facts.get("leaves_sums"))
+            most = max(made["rows"] // t.block_n * t.tokens for t in made["tiles"]) * made["sums"]
             self.module.sums[name] = max(self.module.sums.get(name, 0), most)
         return place if name in self.module.sums else "m.no_sums"  # the maker may have no stream, or none of whole tiles
 

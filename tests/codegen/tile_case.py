@@ -85,7 +85,7 @@ class Case:
         return f"{self.form} {self.n} x {self.k}, {self.leaves} leaves, {self.tiles}{', reads' if self.reads else ''}"
 
     def sizes(self):
-        handed = True if self.source.facts["takes"] else None
+        handed = True if self.source.facts["finds"] else None
         return tune.constants(self.form, self.tiles, self.leaves, self.source.facts["reductions"], handed=handed)
 
     def options(self):
@@ -99,7 +99,7 @@ class Case:
         for pointer, role in self.source.roles.items():
             kind = str(kinds.get(role[0], scratch.get(role[-1]))).removeprefix("torch.")
             pointers.append((kind, self.k, blocks[pointer]) if pointer in blocks else kind)
-        arguments = [*pointers, *([33] if self.form != "gemv" else []), *([17] if self.source.facts["takes"] else [])]
+        arguments = [*pointers, *([33] if self.form != "gemv" else []), *([17] if self.source.facts["finds"] else [])]
         options = {**self.options(), "launch_pdl": True}
         return str(self.path), self.name, options, [(arguments, self.sizes() | {"PDL": True})]
 
@@ -122,12 +122,12 @@ class Case:
             arguments[at] = tiles(arguments[at], self.k, *block)
         grid = {"gemv": (blocks,), "matmul": (height * blocks,)}.get(self.form, (height * blocks, splits))
         arguments += [t] if self.form != "gemv" else []
-        arguments += [len(found)] if self.source.facts["takes"] else []
+        arguments += [len(found)] if self.source.facts["finds"] else []
         launch = getattr(tune.load_kernels(str(self.path)), self.name)[grid]
         for _ in range(2):  # the second launch finds the counters as the first left them
             launch(*arguments, **self.sizes(), **self.options(), **options)
         assert not arrivals.any(), f"{self} leaves its counters behind"
-        if self.source.facts["makes"]:
+        if self.source.facts["leaves_sums"]:
             stored = out.float().view(t, blocks, self.tiles.block_n)
             wanted = torch.stack([stored.square().sum(2), stored.amax(2)]).permute(2, 0, 1)
             torch.testing.assert_close(left, wanted, rtol=1e-5, atol=1e-5, msg=lambda text: f"{self}: row reductions: {text}")

@@ -52,7 +52,7 @@ def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, x_su
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3072, 32), 1)](
             tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 64, 64), x_sums.place, cos, sin, out, k_cache, slots,
             v_cache, partial, arrivals, T, x_sums.parts,
-            BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=9, SPLITS=1, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
+            BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, STAGES=12, SPLITS=1, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(3072, 32), 1)](
@@ -198,11 +198,11 @@ def gate_up_proj(m, T, gate_up_proj, x, out, x_sums, partial, arrivals):
             BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=8, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
-        kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(14336, 128), 1)](
-            tiles(gate_up_proj, 4096, 128, 64), tiles(x[:T], 4096, 64, 64), x_sums.place, out, partial, arrivals, T,
+        kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(14336, 64), 1)](
+            tiles(gate_up_proj, 4096, 64, 128), tiles(x[:T], 4096, 64, 128), x_sums.place, out, partial, arrivals, T,
             x_sums.parts,
-            BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
-            PDL=PDL, num_warps=4, maxnreg=120, launch_pdl=PDL)
+            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=2, SPLITS=1, REDUCERS=4, REDUCING=56, HANDED=x_sums.parts > 0,
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(14336, 128), 1)](
             tiles(gate_up_proj, 4096, 128, 64), tiles(x[:T], 4096, 128, 64), x_sums.place, out, partial, arrivals, T,
@@ -330,12 +330,12 @@ def lm_head(m, b, draw, N, lm_head, rows, x, out, x_sums, best, temperature, see
             HANDED=x_sums.parts > 0 and b.every, DRAW=draw,
             PDL=PDL, num_warps=4, maxnreg=88, launch_pdl=PDL)
     elif HOPPER and 33 <= N <= 64:
-        kernels.lm_head_stream[(triton.cdiv(N, 64) * triton.cdiv(128256, 256), 1)](
-            tiles(lm_head, 4096, 256, 64), tiles(m.picked(x, b), 4096, 64, 64), x_sums.place, best, temperature,
+        kernels.lm_head_stream[(triton.cdiv(N, 64) * triton.cdiv(128256, 128), 1)](
+            tiles(lm_head, 4096, 128, 128), tiles(m.picked(x, b), 4096, 64, 128), x_sums.place, best, temperature,
             seed_low, seed_high, lengths, out, partial, arrivals, N, x_sums.parts,
-            BLOCK_M=64, BLOCK_N=256, BLOCK_K=64, STAGES=5, SPLITS=1, REDUCERS=4, REDUCING=48,
+            BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, STAGES=2, SPLITS=1, REDUCERS=4, REDUCING=56,
             HANDED=x_sums.parts > 0 and b.every, DRAW=draw,
-            PDL=PDL, num_warps=4, maxnreg=120, launch_pdl=PDL)
+            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 65 <= N <= 128:
         kernels.lm_head_stream[(triton.cdiv(N, 128) * triton.cdiv(128256, 256), 1)](
             tiles(lm_head, 4096, 256, 64), tiles(m.picked(x, b), 4096, 128, 64), x_sums.place, best, temperature,

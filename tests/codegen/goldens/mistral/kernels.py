@@ -191,7 +191,7 @@ def q_k_v_proj_stream_reductions(x_sums_ptr, parts, t_0, T, x_ring, row_sums, re
         LANES: gl.constexpr = min(32, BLOCK_M)  # tokens side by side in a warp, and WIDE warps side by side
         WIDE: gl.constexpr = min(WARPS, BLOCK_M // LANES)
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS // WIDE, WIDE], [1, 0])
-        HEIGHT: gl.constexpr = min(64, 512 * WARPS // BLOCK_M)  # parts at a time, at most 16 a thread
+        HEIGHT: gl.constexpr = min(64, (512 if BLOCK_M <= 32 else 256) * WARPS // BLOCK_M)  # parts at a time: 16 or 8 a thread
         part = gl.arange(0, HEIGHT, gl.SliceLayout(1, TOKENS))[:, None]
         t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, TOKENS))[None, :]
         t_mask = t < T
@@ -1208,7 +1208,7 @@ def gate_up_proj_stream_reductions(x_sums_ptr, parts, t_0, T, x_ring, row_sums, 
         LANES: gl.constexpr = min(32, BLOCK_M)  # tokens side by side in a warp, and WIDE warps side by side
         WIDE: gl.constexpr = min(WARPS, BLOCK_M // LANES)
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS // WIDE, WIDE], [1, 0])
-        HEIGHT: gl.constexpr = min(64, 512 * WARPS // BLOCK_M)  # parts at a time, at most 16 a thread
+        HEIGHT: gl.constexpr = min(64, (512 if BLOCK_M <= 32 else 256) * WARPS // BLOCK_M)  # parts at a time: 16 or 8 a thread
         part = gl.arange(0, HEIGHT, gl.SliceLayout(1, TOKENS))[:, None]
         t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, TOKENS))[None, :]
         t_mask = t < T
@@ -1810,7 +1810,7 @@ def lm_head_stream_reductions(x_sums_ptr, parts, t_0, T, x_ring, row_sums, ready
         LANES: gl.constexpr = min(32, BLOCK_M)  # tokens side by side in a warp, and WIDE warps side by side
         WIDE: gl.constexpr = min(WARPS, BLOCK_M // LANES)
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS // WIDE, WIDE], [1, 0])
-        HEIGHT: gl.constexpr = min(64, 512 * WARPS // BLOCK_M)  # parts at a time, at most 16 a thread
+        HEIGHT: gl.constexpr = min(64, (512 if BLOCK_M <= 32 else 256) * WARPS // BLOCK_M)  # parts at a time: 16 or 8 a thread
         part = gl.arange(0, HEIGHT, gl.SliceLayout(1, TOKENS))[:, None]
         t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, TOKENS))[None, :]
         t_mask = t < T
