@@ -314,19 +314,29 @@ class Tuner:
             if future.result() is not None:
                 continue
             values["out"][:tokens] = torch.nan
-            try:
-                with self.standing_in({"decode_launch": lambda *_, launch=launch, **__: launch}):
+
+            def attend(launch=launch):
+                with self.standing_in({"decode_launch": lambda *_, **__: launch}):
                     vars(self.program.program)[name](*values.values())
-                result = values["out"][:tokens].to("cpu", torch.float32, copy=True)
-            except Exception as error:  # noqa: BLE001  out of resources: no candidate
-                self.say(f"{name} {launch}: {repr(error)[:100]}")
-                continue
-            reference = result if reference is None else reference
-            if (result - reference).norm() <= TOLERANCE * reference.norm():
+                return values["out"][:tokens]
+
+            if (result := self.agreed(f"{name} {launch}", attend, reference)) is not None:
+                reference = result if reference is None else reference
                 found.append((launch, future))
-            else:
-                self.say(f"{name} {launch}: wrong result, left out")
         return found
+
+    def agreed(self, candidate: str, run: Callable, reference: torch.Tensor | None) -> torch.Tensor | None:
+        """What `run` computes, in float32. None, and told, if it fails or differs from the reference."""
+        try:
+            result = run().float().clone()
+            reference = result if reference is None else reference
+            agrees = bool((result - reference).norm() <= TOLERANCE * reference.norm())  # waits for the GPU; no NaN agrees
+        except Exception as error:  # noqa: BLE001  out of resources: no candidate
+            self.say(f"{candidate}: {repr(error)[:100]}")
+            return None
+        if not agrees:
+            self.say(f"{candidate}: wrong result, left out")
+        return result if agrees else None
 
     def fill_buffers(self, tokens: int) -> None:
         """What a step leaves in its buffers, random."""
@@ -421,18 +431,16 @@ class Tuner:
                 break
             if problem:
                 continue
-            try:
-                self.program.arena.copy_(state)
+            self.program.arena.copy_(state)
+
+            def once(option=option):
                 self.launch(function, option, tokens, checked)
-                result = checked[results[0]][:tokens].float().clone()
-                torch.cuda.synchronize()
-            except Exception as error:  # noqa: BLE001  out of resources: no candidate
-                self.say(f"{function.name} {option.tiles}: {repr(error)[:100]}")
+                return checked[results[0]][:tokens]
+
+            result = self.agreed(f"{function.name} {option.tiles}", once, reference)
+            if result is None:
                 continue
             reference = result if reference is None else reference
-            if not (result - reference).norm() <= TOLERANCE * reference.norm():
-                self.say(f"{function.name} {option.tiles}: wrong result, left out")
-                continue
             us = self.time(lambda option=option: [self.launch(function, option, tokens, values) for values in calls])
             ranked.append((us / len(calls), option))
         return sorted(ranked, key=lambda pair: pair[0])
