@@ -187,7 +187,7 @@ def q_k_v_proj_stream_reductions(x_sums_ptr, parts, t_0, T, x_ring, row_sums, re
                                  BLOCK_K: gl.constexpr, STAGES: gl.constexpr, HANDED: gl.constexpr, PDL: gl.constexpr):
     # Warps of their own: the row reductions. Each thread keeps what it has seen, and they are put together at the end.
     WARPS: gl.constexpr = gl.num_warps()
-    if HANDED:
+    if HANDED:  # the kernel that stored x has left them, in parts
         LANES: gl.constexpr = min(32, BLOCK_M)  # tokens side by side in a warp, and WIDE warps side by side
         WIDE: gl.constexpr = min(WARPS, BLOCK_M // LANES)
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS // WIDE, WIDE], [1, 0])
@@ -1204,7 +1204,7 @@ def gate_up_proj_stream_reductions(x_sums_ptr, parts, t_0, T, x_ring, row_sums, 
                                    HANDED: gl.constexpr, PDL: gl.constexpr):
     # Warps of their own: the row reductions. Each thread keeps what it has seen, and they are put together at the end.
     WARPS: gl.constexpr = gl.num_warps()
-    if HANDED:
+    if HANDED:  # the kernel that stored x has left them, in parts
         LANES: gl.constexpr = min(32, BLOCK_M)  # tokens side by side in a warp, and WIDE warps side by side
         WIDE: gl.constexpr = min(WARPS, BLOCK_M // LANES)
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS // WIDE, WIDE], [1, 0])
@@ -1806,7 +1806,7 @@ def lm_head_stream_reductions(x_sums_ptr, parts, t_0, T, x_ring, row_sums, ready
                               BLOCK_K: gl.constexpr, STAGES: gl.constexpr, HANDED: gl.constexpr, PDL: gl.constexpr):
     # Warps of their own: the row reductions. Each thread keeps what it has seen, and they are put together at the end.
     WARPS: gl.constexpr = gl.num_warps()
-    if HANDED:
+    if HANDED:  # the kernel that stored x has left them, in parts
         LANES: gl.constexpr = min(32, BLOCK_M)  # tokens side by side in a warp, and WIDE warps side by side
         WIDE: gl.constexpr = min(WARPS, BLOCK_M // LANES)
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS // WIDE, WIDE], [1, 0])
