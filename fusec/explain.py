@@ -85,8 +85,19 @@ def kernel_lines(compiled, launch, step, bandwidth) -> list[str]:
              *wrapped("computes", what_it_computes(kernel, launch.function)),
              *(wrapped("launched", "for several tokens a sequence; one token's attention computes it itself")
                if kernel.attrs.get("inlined") else []),
+             *handed_on(next(f for f in compiled.module.functions if f.name == launch.function)),
              f"    moves     {' + '.join(parts)}; floor {f'{floor:.2f} µs' if floor >= 0.005 else 'below 0.01 µs'}"]
     return lines
+
+
+def handed_on(function) -> list[str]:
+    """Which row reductions its stream leaves for the next one, or finds: see codegen/row_sums.py."""
+    stream = next((s.facts for s in function.sources if s.form == "stream"), None)
+    if not stream:
+        return []
+    where = f"as a stream (on Hopper, 2 to {max(t.tokens for t in stream['tiles'])} tokens)"
+    leaves = wrapped("leaves", f"row reductions of each tile that it stores, {where}") if stream["leaves_sums"] else []
+    return leaves + (wrapped("finds", f"its row reductions where x was stored, {where}") if stream["finds"] else [])
 
 
 def what_it_computes(kernel: Value, name: str) -> str:
@@ -143,7 +154,8 @@ def resources(report) -> dict[str, list[str]]:
     table: dict[str, list[str]] = {}
     for k in report.kernels if report is not None else ():
         heads = ("BLOCK_R", "BLOCK_K", "BLOCK_J") if "PAGE" in k.tiles else ()  # attention's: the head sizes, padded
-        shown = [name for name in k.tiles if name not in heads and (name.startswith("BLOCK_") or name in ("SPLITS", "DRAW"))]
+        told = ("SPLITS", "HANDED", "DRAW")
+        shown = [name for name in k.tiles if name not in heads and (name.startswith("BLOCK_") or name in told)]
         tiles = " ".join(f"{name}={k.tiles[name]}" for name in shown)
         warps = f"{k.options.get('num_warps', 4)} warps"
         spills = f"{k.spills} bytes spilled" if k.spills else "no spills"

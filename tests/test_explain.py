@@ -44,6 +44,16 @@ def test_the_summary_names_kernels_lines_and_floors(llama):
     assert max(map(len, text.splitlines())) <= 130
 
 
+def test_row_reductions_are_told_by_who_leaves_and_who_finds_them(llama):
+    blocks = explain_program(llama).split("\n\n")
+
+    def those_with(line):
+        return {block.split()[0] for block in blocks if f"    {line} row reductions" in block}
+
+    assert those_with("leaves   ") == {"o_proj", "down_proj"}
+    assert those_with("finds     its") == {"q_k_v_proj", "gate_up_proj", "lm_head"}
+
+
 def test_bandwidth_and_context_are_the_readers(llama):
     assert "floor at 9090 GB/s: 1.6" in explain_program(llama, bandwidth=9090.0)
     assert "at a context of 32768: 15 GB of weights, 4.29 GB of history" in explain_program(llama, context=32768)
