@@ -102,6 +102,11 @@ def argument(what):
     return getattr(torch, what) if isinstance(what, str) else what
 
 
+def pointed(value):
+    """What a kernel's pointer points to, of an argument of its launch function."""
+    return value.place if isinstance(value, RowSums) else value
+
+
 def blocks_of(source, sizes: dict) -> dict[str, list[int]]:
     """What a kernel takes in tiles: pointer -> tile."""
     names = ("BLOCK_N", "BLOCK_M")
@@ -258,11 +263,10 @@ class Tuner:
             return
         p.partial = torch.empty(max(p.partial.numel(), most * (columns + 4096)), dtype=torch.float32, device=p.device)
         p.arrivals = torch.zeros(max(p.arrivals.numel(), columns), dtype=torch.int32, device=p.device)
-        narrow = min((o.tiles.block_n for o in options if o.form == "stream"), default=1)
-        most = max((o.tiles.tokens * o.source.facts["rows"] * o.source.facts["sums"] for o in options if o.form == "stream"),
-                   default=0)  # fmt: skip
+        streams = [(o.tiles, o.source.facts) for o in options if o.form == "stream"]
+        most = max((t.tokens * (f["rows"] // t.block_n) * f["sums"] for t, f in streams), default=0)
         for name in self.module.sums:
-            setattr(p, name, RowSums(max(getattr(p, name).place.numel(), most // narrow), p.device))
+            setattr(p, name, RowSums(max(getattr(p, name).place.numel(), most), p.device))
 
     def job(self, function, option: Candidate):
         source = option.source
@@ -276,8 +280,7 @@ class Tuner:
             sizes = constants(option.form, option.tiles, leaves, reductions, draw, handed) | {"PDL": True}
             blocks, pointers = blocks_of(source, sizes), []
             for pointer in source.roles:
-                value = values[pointer.removesuffix("_ptr")]
-                value = value.place if isinstance(value, RowSums) else value
+                value = pointed(values[pointer.removesuffix("_ptr")])
                 kind = None if value is None else str(value.dtype).removeprefix("torch.")
                 pointers.append((kind, facts["k"], blocks[pointer]) if pointer in blocks else kind)
             variants.append(([*pointers, *([33] if option.form != "gemv" else []), *([17] if facts["finds"] else [])], sizes))
@@ -397,8 +400,7 @@ class Tuner:
             grid = (blocks,)
         else:
             grid = (-(-tokens // t.block_m) * blocks, getattr(t, "splits", 1))
-        arguments = [values[p.removesuffix("_ptr")] for p in source.roles]
-        arguments = [value.place if isinstance(value, RowSums) else value for value in arguments]
+        arguments = [pointed(values[p.removesuffix("_ptr")]) for p in source.roles]
         for pointer, block in blocks_of(source, sizes).items():
             at, bound = list(source.roles).index(pointer), None if pointer == source.facts["described"][0] else tokens
             x = arguments[at][:bound]

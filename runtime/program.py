@@ -56,11 +56,11 @@ def load_program(
     architecture. dtype, device: "auto" takes bfloat16 on a GPU, float32 on a CPU.  max_tokens: most tokens of one step.
     progress(done, total): called while weights load.  Raises UserError, DiagnosticError, DeviceError.
     """
-    hashing = hash_triton() if torch.version.cuda and str(device) != "cpu" else None  # while CUDA starts and weights are loaded
     device = pick_device(device)
     name = pick_dtype(dtype, device, model if isinstance(model, dict) else model.config)
     config = model if isinstance(model, dict) else model.config
     if device.type == "cuda":
+        hashing = hash_triton()
         compiled = compile_once(source, config, dtype=name, gpu=gpu_key(torch.cuda.get_device_name(device)))
     else:
         compiled = compile_once(source, config, dtype=name, backend="torch")

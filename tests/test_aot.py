@@ -62,6 +62,12 @@ def test_each_range_of_tokens_has_its_tiles(compiled, everywhere):
                 assert found == {(tile.block_n, tile.block_k) for tile in source.facts["tiles"]}
 
 
+def test_a_head_of_several_rows_is_recorded_with_and_without_row_reductions_found(variants):
+    """Steps of decoding find them; of prompts that end in one step the head takes picked rows, and makes its own."""
+    found = {(v.constants["BLOCK_M"], v.constants["HANDED"]) for v in variants if "_head_stream" in v.kernel}
+    assert found and found == {(size, handed) for size, _ in found for handed in (False, True)}
+
+
 def test_variants_are_distinct_and_the_recorder_is_gone(program, variants):
     keys = [str((v.kernel, v.signature, v.constants, v.options)) for v in variants]
     assert len(keys) == len(set(keys))

@@ -149,13 +149,18 @@ class Contraction:
         return others[0].attrs["name"] if outputs[0].dims == self.anchor.dims else None
 
     @property
-    def makes_logits(self) -> bool:
-        """Whether all that is made is one float32 of each row and token, in their order and by a kernel of our own: logits."""
+    def in_order(self) -> Value | None:
+        """The one output, if there is no other and its elements are stored in the order of the weight's rows."""
         (segment, *rest), (output, *more) = self.segments, self.body.outputs
         (piece, *others) = segment.pieces
         in_order = dict(zip([d.name for d in segment.dims], row_major(segment.dims), strict=True))
-        alone = not rest and not more and not others and segment.chunks == 1 and self.plain_sum() is None
-        return alone and output.dtype == "f32" and piece.value is output and piece.strides == in_order and not piece.offset
+        alone = not rest and not more and not others and segment.chunks == 1 and piece.value is output
+        return output if alone and piece.strides == in_order and not piece.offset else None
+
+    @property
+    def makes_logits(self) -> bool:
+        """Whether all that is made is one float32 of each row and token, in their order and by a kernel of our own: logits."""
+        return self.in_order is not None and self.in_order.dtype == "f32" and self.plain_sum() is None
 
     @property
     def stored(self) -> tuple[Value, Value | None] | None:

@@ -129,6 +129,7 @@ class ContractionWriter(Writer):
             "x": x,
             "operand": operand,
             "beside": beside,
+            "thin": schedule.padded(max(1, len(beside) ** 2)),
             "found": found,
             "early": early,
             "epilogue": epilogue,

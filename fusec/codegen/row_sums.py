@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from ..ir.graph import Graph, Value
 from .attention import Unmatched
 from .contraction import Contraction
-from .expressions import row_major
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,8 @@ def handovers(graph: Graph) -> Handovers:
 
 def hands_on(made: Contraction, wants: Contraction) -> bool:
     """Whether tiles of what a kernel makes are parts of the rows that another reduces: one result, elements in their order."""
-    (segment, *rest), (output, *more) = made.segments, made.body.outputs
-    (piece, *others) = segment.pieces
-    if rest or more or others or segment.chunks > 1 or not made.streams or output.op == "cache" or output.dtype != "x":
-        return False
-    in_order = dict(zip([d.name for d in segment.dims], row_major(segment.dims), strict=True))
-    whole = piece.strides == in_order and not piece.offset and segment.numel == wants.k
-    return whole and wants.stored[0].names[0] == made.row_dim
+    output = made.in_order if made.streams else None
+    return output is not None and output.dtype == "x" and made.n == wants.k and wants.stored[0].names[0] == made.row_dim
 
 
 def reductions(parts: Contraction) -> tuple:

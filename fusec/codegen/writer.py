@@ -37,6 +37,7 @@ RESERVED = (
     "pairs",
     "range",
     "min",
+    "max",
     "mma_v2",
     "tma",
     "gl",

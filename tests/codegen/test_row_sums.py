@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from fusec import aot
 from fusec.bench.shapes import MODELS
 from fusec.compiler import compile
+from fusec.runtime.triton_program import load_folder
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LLAMA = MODELS["llama-3.1-8b"] | {"num_hidden_layers": 2}
@@ -51,20 +53,38 @@ def test_what_is_left_is_left_by_streams_alone():
     assert "HANDED=x_sums.parts > 0 and b.every" in re.search(r"def lm_head\(.*?(?=\ndef )", program, re.DOTALL)[0]
 
 
-@pytest.mark.parametrize("norm, reduced", [
-    ("x * rsqrt(mean[D](x * x) + eps) * weight", ["gl.sum(seen * seen, 0)"]),
-    ("x / (max[D](abs(x)) + eps) * weight", ["gl.max("]),
-    ("x * rsqrt(mean[D](x * x) + sum[D](abs(x)) + eps) * weight", ["gl.sum(seen * seen, 0)", "gl.sum("]),
-])  # fmt: skip
-def test_a_norm_of_the_users_own_is_handed_on_as_ours(norm, reduced):
+def with_norm(norm):
+    """Llama with another norm in the place of RMSNorm."""
     text = (EXAMPLES / "llama.fuse").read_text()
     own = f"block OwnNorm[D, eps](x: [T, D]) -> [T, D]\n  weight : [D]\n\n  {norm}\n\n"
-    text = text.replace("block ", own + "block ", 1).replace(": RMSNorm[", ": OwnNorm[")
-    kernels = module(text).kernels_py
+    return text.replace("block ", own + "block ", 1).replace(": RMSNorm[", ": OwnNorm[")
+
+
+SEVERAL = "x * rsqrt(mean[D](x * x) + sum[D](abs(x)) + max[D](x) + eps) * weight"
+
+
+@pytest.mark.parametrize("norm, reduced", [
+    ("x * rsqrt(mean[D](x * x) + eps) * weight", ["gl.sum(seen * seen, 0)"]),
+    ("x / (max[D](abs(x)) + eps) * weight", ["gl.max(gl.abs(seen), 0)"]),
+    (SEVERAL, ["gl.sum(seen * seen, 0)", "gl.sum(gl.abs(seen), 0)", "gl.max(seen, 0)"]),
+])  # fmt: skip
+def test_a_norm_of_the_users_own_is_handed_on_as_ours(norm, reduced):
+    kernels = module(with_norm(norm)).kernels_py
     body = re.search(r"def o_proj_stream\(.*?(?=\n@|\Z)", kernels, re.DOTALL)[0]
     stored = re.sub(r"\s+", " ", body[body.index("seen = ") :])
-    assert stored.count("out_sums_ptr + ") == len(reduced)
-    assert all(each in stored for each in reduced)
+    assert [stored.count(each) for each in reduced] == [1] * len(reduced) == [1] * stored.count("out_sums_ptr + ")
+
+
+def test_several_reductions_compile_where_they_are_left_and_where_they_are_found(tmp_path):
+    compiled = compile(with_norm(SEVERAL), LLAMA)
+    folder = tmp_path / "build"
+    folder.mkdir()
+    for name in ("kernels", "program"):
+        (folder / f"{name}.py").write_text(getattr(compiled.module, f"{name}_py"))
+    found = [v for v in aot.record(compiled, load_folder(folder), "sm_90")
+             if v.kernel in ("o_proj_stream", "q_k_v_proj_stream") and v.tiles["BLOCK_M"] in (32, 128)]
+    assert {v.constants.get("HANDED") for v in found} == {None, False, True}
+    assert not any(cubin.spills for cubin in aot.compile_all(found, folder / "kernels.py", "sm_90"))
 
 
 def test_each_gets_what_it_wants():

@@ -92,9 +92,8 @@ class Case:
         return tune.launch_options(self.form, self.tiles, self.leaves, self.source.facts["reductions"])
 
     def job(self):
-        kinds = {"weight": self.dtype, "input": self.dtype, "output": self.dtype}
+        kinds = {"weight": self.dtype, "input": self.dtype, "output": self.dtype, "sums": torch.float32}
         scratch = {"partial": "float32", "arrivals": "int32"}
-        kinds["sums"] = torch.float32
         blocks, pointers = tune.blocks_of(self.source, self.sizes()), []
         for pointer, role in self.source.roles.items():
             kind = str(kinds.get(role[0], scratch.get(role[-1]))).removeprefix("torch.")
