@@ -93,8 +93,9 @@ def steps(module) -> list[Step]:
     return decode + [Step(n, 1, n) for n in sorted({*batches, LONGEST}) if n > 1]
 
 
-def record(compiled, program, target: str) -> list[Variant]:
-    """The distinct kernels that `program` (a loaded program.py) launches in `steps`, in the order of their first launch."""
+def record(compiled, program, target: str, wanted: list[Step] | None = None) -> list[Variant]:
+    """The distinct kernels that `program` (a loaded program.py) launches in the steps that are wanted, by default all of `steps`,
+    in the order of their first launch."""
     import torch
 
     from .runtime.batch import Batch
@@ -143,7 +144,7 @@ def record(compiled, program, target: str) -> list[Variant]:
     program.kernels, number = Recorder(real, found), architecture(target)
     program.PDL, program.HOPPER = number >= 90, number // 10 == 9
     try:
-        for step in steps(compiled.module):
+        for step in wanted or steps(compiled.module):
             program.kernels.step = step
             batch = model.batch(step)
             for drawing in model.drawings(step):

@@ -80,11 +80,13 @@ def load_program(
     else:
         loader = Loader(model, torch_dtype, device, **counted)
     if device.type == "cuda":
+        from fusec.runtime.first_start import compile_ahead
         from fusec.runtime.triton_program import TritonProgram
 
+        compiling = compile_ahead(compiled, device)
         program = TritonProgram(compiled, loader, torch_dtype, device, max_tokens=max_tokens)
-        if hashing:
-            hashing.join()  # a launch that came before its end would begin to hash anew
+        for thread in filter(None, (hashing, compiling)):
+            thread.join()  # a launch that came before its end would do the same once more
         return program
     from fusec.runtime.torch_program import TorchProgram
 
