@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from fusec.bench.decode import decode_bytes
 from fusec.bench.limits import capture, microseconds, proven_saving, read_bandwidth, replay_microseconds, turns
 from fusec.codegen import schedule
 from fusec.codegen.attention_schedule import decode_launch, decode_row
-from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, form_of, tiles_for
+from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, form_of, tiles_for, variants
 from fusec.codegen.contraction import Contraction
 from fusec.codegen.contraction_kernel import contraction
 from fusec.codegen.module import preamble
@@ -42,6 +42,7 @@ from fusec.runtime.tiles import tiles as in_tiles
 
 FEW = 24  # of a kernel's candidates that are tried in the whole step
 ALONE = 0.6  # of the budget for kernels alone; the rest is for whole steps
+VARYING = 0.3  # of the time for whole steps, for variants of the tiles found in the rest
 LEAST = 0.2  # seconds that are left to each kernel still to be measured alone
 TOLERANCE = 2e-2  # by how much results may differ, of their norm
 CONTEXT = 560  # tokens of history of a step that is measured: no whole number of tiles, as most histories are
@@ -68,7 +69,9 @@ def constants(form: str, tiles, leaves: int, reductions: int, draw: int | None =
     table = {"DRAW": draw, "HANDED": handed}
     table = {name: value for name, value in table.items() if value is not None}
     table |= {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "STAGES": tiles.stages}
-    if form != "gemv":
+    if form == "gemv":
+        table |= tiles.constants(leaves, reductions)
+    else:
         table["BLOCK_M"] = tiles.block_m
     if form in ("skinny", "stream"):
         table["SPLITS"] = tiles.splits
@@ -81,8 +84,13 @@ def constants(form: str, tiles, leaves: int, reductions: int, draw: int | None =
 
 def launch_options(form: str, tiles, leaves: int, reductions: int) -> dict[str, int]:
     """What Triton is told of a contraction kernel's launch besides its constants."""
-    limit = {"maxnreg": tiles.program(leaves, reductions).registers} if form == "stream" else {}
-    return {"num_warps": tiles.num_warps, **limit}
+    registers = tiles.program(leaves, reductions).registers if form == "stream" else getattr(tiles, "registers", 0)
+    return {"num_warps": tiles.num_warps} | ({"maxnreg": registers} if registers else {})
+
+
+def table_row(tiles) -> dict:
+    """A tile as a table has it: what it leaves to defaults is not told."""
+    return {field.name: value for field in fields(tiles) if (value := getattr(tiles, field.name)) != field.default}
 
 
 @functools.cache
@@ -175,7 +183,14 @@ class Tuner:
                 now = time.monotonic()
                 deadline = now + (start + budget - now) / left
                 launches = self.agreeing(attention[form, tokens], tokens)
-                choice, launch, ms = self.together(few, launches, tokens, deadline, used)
+                varied = {f.name: self.varied(used[f.name]) for f in self.contractions if f.name in used}
+                soon = deadline - VARYING * (deadline - now) if any(varied.values()) else deadline
+                choice, launch, ms = self.together(few, launches, tokens, soon, used)
+                if soon < deadline:
+                    found |= self.variants_of(choice, form, tokens, deadline)
+                    few = {name: [option for _, option in rows] for name, rows in found.items() if name in choice}
+                    chosen = [each for each in launches if each[0] is launch]
+                    choice, launch, ms = self.together(few, chosen, tokens, deadline, choice)
                 bandwidth = decode_bytes(self.program.compiled, tokens, CONTEXT + 1) / ms / 1e6
                 tell("the whole step", form, tokens, ms * 1e3, f"{bandwidth / self.read:.1%} of {self.read:.0f} GB/s")
                 if launch:
@@ -186,7 +201,7 @@ class Tuner:
                 if f.name in choice:
                     parts, tiles = Contraction(f.kernel.attrs["body"]), choice[f.name].tiles
                     shape = (parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
-                    table.setdefault(schedule.key(form_of(tiles), *shape), []).append(asdict(tiles))
+                    table.setdefault(schedule.key(form_of(tiles), *shape), []).append(table_row(tiles))
                     tell(f.name, form, tokens, next(us for us, option in found[f.name] if option is choice[f.name]), tiles)
         self.pool.shutdown(wait=False, cancel_futures=True)
         return table
@@ -235,6 +250,19 @@ class Tuner:
                 files[kind] = (str(path), name, source)
             found.append(Candidate(kind[0], tiles, *files[kind]))
         return found
+
+    def varied(self, option: Candidate) -> list[Candidate]:
+        facts = option.source.facts
+        return [replace(option, tiles=tiles) for tiles in variants(option.tiles, facts["leaves"], facts["reductions"])]
+
+    def variants_of(self, choice: dict[str, Candidate], form: str, tokens: int, deadline: float) -> dict:
+        """Of each kernel the variants of its chosen tile, measured alone, behind that itself, which their results are held to."""
+        kernels = [f for f in self.contractions if f.name in choice]
+        jobs = [(f, [choice[f.name], *self.varied(choice[f.name])]) for f in kernels]
+        warming = [[self.pool.submit(warm, self.job(f, option)) for option in options] for f, options in jobs]
+        found = {f.name: self.alone(f, form, tokens, options, futures, deadline)
+                 for (f, options), futures in zip(jobs, warming, strict=True)}  # fmt: skip
+        return {name: rows for name, rows in found.items() if rows}
 
     def hands_of(self, function) -> tuple[Handover | None, bool]:
         """Which row reductions a kernel leaves, and whether it asks for its own, as the program has it."""
@@ -498,15 +526,16 @@ class Tuner:
 
 def write_table(table: dict[str, list[dict]], path: Path) -> None:
     """Merges `table` into the JSON table at `path`, one line a row. A row takes the place of that for as many tokens (or
-    sequences of a context); where another form than the stream is the fastest for a few tokens, the stream's row goes."""
+    sequences of a context), and of several the first is taken, since two kernels may have one shape. Where another form than
+    the stream is the fastest for a few tokens, the stream's row goes."""
     known, lines = json.loads(path.read_text()) if path.is_file() else {}, []
 
     def place(row):
         return row.get("tokens"), row.get("sequences"), row.get("context")
 
     for shape, rows in table.items():
-        measured = {place(row) for row in rows}
-        known[shape] = [row for row in known.get(shape, ()) if place(row) not in measured] + rows
+        measured = {place(row): row for row in reversed(rows)}
+        known[shape] = [row for row in known.get(shape, ()) if place(row) not in measured] + list(measured.values())
         form, _, rest = shape.partition(" ")
         most = max(TOKENS["skinny"])
         if form == "matmul" and 2 * most in {row.get("tokens") for row in rows}:  # it won against the others for so many tokens

@@ -12,7 +12,7 @@ import torch
 
 from fusec import tune
 from fusec.codegen import schedule
-from fusec.tune import ATTENTION, Tuner, write_table
+from fusec.tune import ATTENTION, Tuner, table_row, write_table
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +124,22 @@ def test_the_tile_in_use_is_that_for_so_many_tokens():
     used = {tokens: search.used(function, "skinny", tokens) for tokens in (8, 16, 32, 128)}
     assert used == {8: None, 16: stream, 32: skinny, 128: replace(many, tokens=256)}  # 8 have a share in what is for 16
     assert search.used(function, "gemv", 1) == schedule.Gemv(1, 512, 4, 1) and search.used(function, "matmul", 4096) is None
+
+
+def test_a_row_tells_what_is_not_left_to_defaults():
+    sizes = {"block_n": 1, "block_k": 512, "num_warps": 4, "stages": 1}
+    assert table_row(schedule.Gemv(**sizes)) == sizes
+    assert table_row(schedule.Gemv(**sizes, at_once=True, registers=64)) == sizes | {"at_once": True, "registers": 64}
+    matmul = schedule.Matmul(None, 128, 64, 64, 8, 4, 3)
+    assert schedule.Matmul(**table_row(matmul)) == matmul
+
+
+def test_kernels_of_one_shape_have_one_tile(tmp_path):
+    path = tmp_path / "gpu.json"
+    rows = [{"block_n": n} for n in (1, 2)]
+    write_table({"gemv 8 8 1 2": rows, "skinny 8 8 1 2": [{"tokens": 16} | row for row in rows]}, path)
+    table = json.loads(path.read_text())
+    assert table == {"gemv 8 8 1 2": rows[:1], "skinny 8 8 1 2": [{"tokens": 16} | rows[0]]}
 
 
 def test_a_table_keeps_what_was_not_measured(tmp_path):

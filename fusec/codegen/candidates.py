@@ -45,6 +45,16 @@ def gemv(rows, k, leaves, itemsize, tokens) -> list[schedule.Gemv]:
     return found
 
 
+def variants(tile, leaves: int, beside: int) -> list:
+    """A tile's own, to be tried where it is among the fastest: for one token how results are put together, and limits on
+    registers, which decide how many programs share a multiprocessor and how many loads each has under way."""
+    if form_of(tile) != "gemv":
+        return []
+    ways = (False, True) if leaves + beside > 1 else (False,)
+    found = [replace(tile, at_once=way, registers=limit) for way in ways for limit in (0, 64, 96, 128)]
+    return [variant for variant in found if variant != tile]
+
+
 def skinny(rows, k, leaves, itemsize, tokens) -> list[schedule.Skinny]:
     """Grids that run all at once, so that every program has an equal share of memory's bandwidth: a second, smaller wave would
     leave most multiprocessors idle."""

@@ -113,6 +113,8 @@ class ContractionWriter(Writer):
                                      bound=parts.n if self.masked_n else None)  # fmt: skip
             early, epilogue = stream.early, stream.lines
         reducing = ("REDUCERS", "REDUCING", *(["HANDED"] if found else [])) if self.shape.gluon and beside else ()
+        if form == "gemv" and parts.leaves + len(beside) > 1:
+            reducing = ("AT_ONCE",)
         tiles = (*self.shape.tiles[:-1], *reducing, *(["DRAW"] if self.draws else []), "PDL")
         context = {
             "name": name,
@@ -243,6 +245,7 @@ class ContractionWriter(Writer):
             "collapse": whole,
             "scale": scale,
             "combine": update.format(label, f"{label}_part"),
+            "fold": update.format(f"a_{label}", f"b_{label}"),
         }
 
     def reduction_in_gluon(self, value: Value, label: str, text: str) -> dict:

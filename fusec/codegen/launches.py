@@ -104,7 +104,8 @@ class Launches:
         blocks = f"triton.cdiv({parts.n}, {t.block_n})"
         constants = {"BLOCK_N": t.block_n, "BLOCK_K": t.block_k, "STAGES": t.stages}
         if source.form == "gemv":
-            return self.call(source, f"({blocks},)", None, constants, t.num_warps)
+            constants |= t.constants(parts.leaves, len(parts.beside))
+            return self.call(source, f"({blocks},)", None, constants, t.num_warps, t.registers)
         constants = {"BLOCK_M": t.block_m} | constants
         grid = f"(triton.cdiv({rows}, {t.block_m}) * {blocks},)"
         if source.form == "matmul":
@@ -115,7 +116,7 @@ class Launches:
             sums = max(1, len(parts.beside)) * tokens * blocks
             self.partial = max(self.partial, t.splits * (parts.leaves * blocks * t.block_n * tokens + sums))
             self.arrivals = max(self.arrivals, tokens // t.block_m * blocks)
-        constants["SPLITS"], registers = t.splits, None
+        constants["SPLITS"], registers = t.splits, 0
         if source.form == "stream":
             program = t.program(parts.leaves, source.facts["reductions"])
             registers, constants = program.registers, constants | program.constants
@@ -206,10 +207,10 @@ class Launches:
         return sources, lines, params
 
     def call(
-        self, source: Source, grid: str, tokens: str | None, constants: dict, warps: int, registers: int | None = None
+        self, source: Source, grid: str, tokens: str | None, constants: dict, warps: int, registers: int = 0
     ) -> list[str]:
         """A launch. What a Gluon kernel takes tile by tile is described to the bulk copy engine.  registers: a thread's, at
-        most."""
+        most, or 0."""
         pointers, described = [], source.facts.get("described", ())
         for pointer in source.roles:
             name = pointer.removesuffix("_ptr")

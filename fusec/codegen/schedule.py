@@ -17,12 +17,23 @@ DEFAULT = "nvidia_h200"  # the table of a GPU that has none of its own
 
 @dataclass(frozen=True)
 class Gemv:
-    """One token: rows and columns of a tile, warps a program, loads in flight."""
+    """One token: rows and columns of a tile, warps a program, loads in flight.
+
+    at_once: whether what the threads have of all leaves and row reductions is put together in one go. They meet less often, and
+    the compiler spends fewer registers, for which it may delay loads.
+    registers: a thread's, at most; 0 leaves it to the compiler, which may delay loads to save some. With a limit it takes what
+    serves one program best, and fewer programs find room on a multiprocessor."""
 
     block_n: int
     block_k: int
     num_warps: int
     stages: int
+    at_once: bool = False
+    registers: int = 0
+
+    def constants(self, leaves: int, reductions: int) -> dict[str, bool]:
+        """Launch constants of a kernel that has several things to put together."""
+        return {"AT_ONCE": self.at_once} if leaves + reductions > 1 else {}
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,27 @@ if INTERPRETED:
         want = result(x, w, h, torch.float64)
         assert (case.run(x, w, h, PDL=False).double() - want).norm() <= 1e-5 * want.norm()
 
+    @pytest.mark.parametrize("at_once", (False, True))
+    @pytest.mark.parametrize("block_n", (1, 4))
+    def test_one_token_however_it_is_put_together(at_once, block_n, tmp_path):
+        """Two leaves and a row reduction; K is no whole number of blocks, and so are the rows."""
+        case = Case("gemv", 42, 160, 2, 4, schedule.Gemv(block_n, 64, 4, 1, at_once, 64), tmp_path, 0)
+        x, w, h = operands(case, "cpu")
+        want = result(x, w, h, torch.float64)
+        assert (case.run(x, w, h, PDL=False).double() - want).norm() <= 1e-5 * want.norm()
+
 else:
 
     def test_interpreted():
         run_interpreted(__file__)
+
+    def test_variants_of_a_tile_for_one_token():
+        tile = schedule.Gemv(4, 512, 4, 1, registers=64)
+        several = candidates.variants(tile, 2, 1)
+        assert len(several) == len(set(several)) == 7 and tile not in several
+        assert all((t.block_n, t.block_k, t.num_warps, t.stages) == (4, 512, 4, 1) for t in several)
+        assert {t.at_once for t in candidates.variants(tile, 1, 0)} == {False}  # there is one thing to put together
+        assert candidates.variants(schedule.Matmul(None, 128, 64, 64, 8, 4, 3), 1, 0) == []
 
     SHAPES = [(3072, 4096, 2), (4096, 14336, 1), (151936, 1024, 1), (480, 576, 2)]
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -34,7 +35,10 @@ def every_row():
         for key, entries in json.loads(path.read_text()).items():
             form, *shape = key.split()
             for entry in entries if form in TILES else ():
-                yield form, *map(int, shape), TILES[form](**entry)
+                tile = TILES[form](**entry)
+                yield form, *map(int, shape), tile
+                if form == "gemv":  # what may be chosen beside it
+                    yield form, *map(int, shape), replace(tile, at_once=not tile.at_once, registers=128 - tile.registers)
     for shape in ((1000, 320, 1), (480, 640, 2), (6144, 4096, 1), (96, 192, 2)):  # in no table: what the rule says of them
         for tile in schedule.stream(*shape):
             yield "stream", *shape, 2, tile

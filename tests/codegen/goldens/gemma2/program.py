@@ -29,7 +29,7 @@ def q_k_v_proj(m, T, q_k_v_proj, x, constant, cos, sin, out, k_cache, slots, v_c
     if T == 1:
         kernels.q_k_v_proj_gemv[(triton.cdiv(2048, 2),)](
             q_k_v_proj, x, constant, cos, sin, out, k_cache, slots, v_cache,
-            BLOCK_N=2, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=2, BLOCK_K=1024, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(2048, 16), 2)](
             q_k_v_proj, x, constant, cos, sin, out, k_cache, slots, v_cache, partial, arrivals, T,
@@ -129,7 +129,7 @@ def gate_up_proj(m, T, gate_up_proj, x, rsqrt, out, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(9216, 4),)](
             gate_up_proj, x, rsqrt, out,
-            BLOCK_N=4, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=1024, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(9216, 64), 1)](
             tiles(gate_up_proj, 2304, 64, 128), tiles(x[:T], 2304, 16, 128), rsqrt, out, partial, arrivals, T,
@@ -223,7 +223,7 @@ def q_k_v_proj_2(m, T, q_k_v_proj, x, rsqrt, cos, sin, out, k_cache, slots, v_ca
     if T == 1:
         kernels.q_k_v_proj_2_gemv[(triton.cdiv(2048, 2),)](
             q_k_v_proj, x, rsqrt, cos, sin, out, k_cache, slots, v_cache,
-            BLOCK_N=2, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=2, BLOCK_K=1024, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.q_k_v_proj_2_stream[(triton.cdiv(T, 16) * triton.cdiv(2048, 64), 4)](
             tiles(q_k_v_proj, 2304, 64, 128), tiles(x[:T], 2304, 16, 128), rsqrt, cos, sin, out, k_cache, slots,
@@ -300,7 +300,7 @@ def embed_tokens(draw, N, embed_tokens, rows, x, norm, out, best, temperature, s
     if N == 1:
         kernels.embed_tokens_gemv[(triton.cdiv(256000, 8),)](
             embed_tokens, rows, x, norm, out,
-            BLOCK_N=8, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=8, BLOCK_K=1024, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif N <= 16:
         kernels.embed_tokens_skinny[(triton.cdiv(N, 16) * triton.cdiv(256000, 32), 1)](
             embed_tokens, rows, x, norm, best, temperature, seed_low, seed_high, lengths, out, partial, arrivals, N,

@@ -64,8 +64,14 @@ def embed_tokens_positions(ids_ptr, embed_tokens_ptr, out0_ptr, pos_ptr, table_p
 
 
 @triton.jit
+def q_k_v_proj_gemv_fold(a_0, a_mean, b_0, b_mean):
+    return a_0 + b_0, a_mean + b_mean
+
+
+@triton.jit
 def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, constant_ptr, out0_ptr, out1_ptr, v_cache_ptr, slots_ptr,
-                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AT_ONCE: tl.constexpr,
+                    PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:38   q = rope[K](q_norm(q_proj(x)), pos, near if local else whole)
@@ -103,8 +109,13 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, constant_ptr, out0_ptr, out1_ptr, v_c
         v = x * constant
         acc0 += w0.to(tl.float32) * x[None, :]
         mean_k = mean_k + tl.where(k_mask, v * v, 0.0)
-    y0 = tl.sum(acc0, 1)
-    mean = tl.sum(mean_k, 0) / 1152
+    if AT_ONCE:
+        y0, mean = tl.reduce(
+            (acc0, tl.broadcast_to(mean_k[None, :], [BLOCK_N, BLOCK_K])), 1, q_k_v_proj_gemv_fold)
+    else:
+        y0 = tl.sum(acc0, 1)
+        mean = tl.sum(mean_k, 0)
+    mean = mean / 1152
     v_2 = mean + 1e-06
     rsqrt = tl.rsqrt(v_2)
     tl.store(out0_ptr + n, y0 * rsqrt, mask=inside)
@@ -712,31 +723,36 @@ def o_proj_gemv(o_proj_ptr, attended_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_
 
 
 @gluon.jit
-def o_proj_stream_copies(o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def o_proj_stream_copies(o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                          BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
                          PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 1152
     LEAVES: gl.constexpr = 1
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(o_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(o_proj_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(attended_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(attended_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(o_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(attended_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(o_proj_tiles, [leaf * ROWS + n_0, k], ready.index(place), w_ring.index(place * LEAVES + leaf))
+        async_load(attended_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -789,6 +805,9 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(o_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K], o_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(attended_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], attended_tiles.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -800,7 +819,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
     (y0,) = gl.warp_specialize([
         (o_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (o_proj_stream_copies, (
-            o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
     ], [1], [40])
     if PDL:
@@ -950,8 +969,13 @@ def pre_feedforward_layernorm(x_2_ptr, x_ptr, constant_ptr, post_attention_layer
 
 
 @triton.jit
+def gate_up_proj_gemv_fold(a_0, a_1, b_0, b_1):
+    return a_0 + b_0, a_1 + b_1
+
+
+@triton.jit
 def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, rsqrt_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                      STAGES: tl.constexpr, PDL: tl.constexpr):
+                      STAGES: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:48   down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))
     ROWS: tl.constexpr = 6912
@@ -978,39 +1002,49 @@ def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, rsqrt_ptr, out_ptr, BLOCK_N: tl.c
         x = tl.load(x_ptr + k, mask=k_mask, other=0).to(tl.float32)
         acc0 += w0.to(tl.float32) * x[None, :]
         acc1 += w1.to(tl.float32) * x[None, :]
-    y0 = tl.sum(acc0, 1)
-    y1 = tl.sum(acc1, 1)
+    if AT_ONCE:
+        y0, y1 = tl.reduce(
+            (acc0, acc1), 1, gate_up_proj_gemv_fold)
+    else:
+        y0 = tl.sum(acc0, 1)
+        y1 = tl.sum(acc1, 1)
     v = y0 * rsqrt
     v_2 = (v * 0.5) * (1 + (2 * tl.sigmoid(2 * (0.7978845608028654 * (v + (0.044715 * ((v * v) * v))))) - 1))
     tl.store(out_ptr + n, v_2 * (y1 * rsqrt))
 
 
 @gluon.jit
-def gate_up_proj_stream_copies(gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def gate_up_proj_stream_copies(gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                                BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
                                STAGES: gl.constexpr, PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 6912
     LEAVES: gl.constexpr = 2
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(x_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, k], ready.index(place),
+                    w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -1090,6 +1124,9 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(gate_up_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
             gate_up_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
@@ -1103,7 +1140,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, rsqrt_ptr, out_ptr, partial
         (gate_up_proj_stream_products, (rsqrt_ptr, t_0, T, w_ring, x_ring, ready, done, steps, Y, Z, PDL, BLOCK_M,
         BLOCK_N, BLOCK_K, HIGH, STAGES)),
         (gate_up_proj_stream_copies, (
-            gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
     ], [1], [40])
     if PDL:
@@ -1292,31 +1329,36 @@ def down_proj_gemv(down_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K
 
 
 @gluon.jit
-def down_proj_stream_copies(down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def down_proj_stream_copies(down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                             BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
                             PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 1152
     LEAVES: gl.constexpr = 1
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(down_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(down_proj_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(x_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(down_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(down_proj_tiles, [leaf * ROWS + n_0, k], ready.index(place), w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -1369,6 +1411,9 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(down_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
             down_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
@@ -1381,7 +1426,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
     (y0,) = gl.warp_specialize([
         (down_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (down_proj_stream_copies, (
-            down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
     ], [1], [40])
     if PDL:
@@ -1568,31 +1613,37 @@ def q_k_v_proj_2_gemv(q_k_v_proj_ptr, x_ptr, rsqrt_ptr, out0_ptr, out1_ptr, v_ca
 
 
 @gluon.jit
-def q_k_v_proj_2_stream_copies(q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def q_k_v_proj_2_stream_copies(q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                                BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
                                STAGES: gl.constexpr, PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 1536
     LEAVES: gl.constexpr = 1
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(x_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, k], ready.index(place),
+                    w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -1649,6 +1700,9 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, out0_ptr, out1_ptr
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(q_k_v_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
             q_k_v_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
@@ -1661,7 +1715,7 @@ def q_k_v_proj_2_stream(q_k_v_proj_tiles, x_tiles, rsqrt_ptr, out0_ptr, out1_ptr
     (y0,) = gl.warp_specialize([
         (q_k_v_proj_2_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (q_k_v_proj_2_stream_copies, (
-            q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
     ], [1], [40])
     if PDL:
@@ -1892,8 +1946,13 @@ def rows(x_ptr, x_2_ptr, post_feedforward_layernorm_ptr, out_ptr, T, BLOCK_M: tl
 
 
 @triton.jit
+def embed_tokens_gemv_fold(a_0, a_mean, b_0, b_mean):
+    return a_0 + b_0, a_mean + b_mean
+
+
+@triton.jit
 def embed_tokens_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BLOCK_N: tl.constexpr,
-                      BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+                      BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr):
     # gemma3.fuse:27   h = f32(x)
     # gemma3.fuse:28   (h * rsqrt(mean[I](h^2) + eps) * (1 + f32(weight))) as x
     # gemma3.fuse:59   h + post_feedforward_layernorm(mlp(pre_feedforward_layernorm(h)))
@@ -1924,8 +1983,13 @@ def embed_tokens_gemv(embed_tokens_ptr, rows_ptr, x_ptr, norm_ptr, out_ptr, BLOC
         x_2 = x * norm
         acc0 += w0.to(tl.float32) * x_2[None, :]
         mean_k = mean_k + tl.where(k_mask, x * x, 0.0)
-    y0 = tl.sum(acc0, 1)
-    mean = tl.sum(mean_k, 0) / 1152
+    if AT_ONCE:
+        y0, mean = tl.reduce(
+            (acc0, tl.broadcast_to(mean_k[None, :], [BLOCK_N, BLOCK_K])), 1, embed_tokens_gemv_fold)
+    else:
+        y0 = tl.sum(acc0, 1)
+        mean = tl.sum(mean_k, 0)
+    mean = mean / 1152
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
     tl.store(out_ptr + n, y0 * rsqrt)

@@ -29,7 +29,7 @@ def q_k_v_proj(m, T, q_k_v_proj, x, constant, out0, out1, v_cache, slots, partia
     if T == 1:
         kernels.q_k_v_proj_gemv[(triton.cdiv(1536, 2),)](
             q_k_v_proj, x, constant, out0, out1, v_cache, slots,
-            BLOCK_N=2, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=2, BLOCK_K=2048, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif T <= 16:
         kernels.q_k_v_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(1536, 32), 2)](
             q_k_v_proj, x, constant, out0, out1, v_cache, slots, partial, arrivals, T,
@@ -139,7 +139,7 @@ def gate_up_proj(m, T, gate_up_proj, x, rsqrt, out, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(6912, 2),)](
             gate_up_proj, x, rsqrt, out,
-            BLOCK_N=2, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=2, BLOCK_K=2048, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(6912, 64), 2)](
             tiles(gate_up_proj, 1152, 64, 128), tiles(x[:T], 1152, 16, 128), rsqrt, out, partial, arrivals, T,
@@ -293,7 +293,7 @@ def embed_tokens(draw, N, embed_tokens, rows, x, norm, out, best, temperature, s
     if N == 1:
         kernels.embed_tokens_gemv[(triton.cdiv(262144, 4),)](
             embed_tokens, rows, x, norm, out,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=2048, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif N <= 16:
         kernels.embed_tokens_skinny[(triton.cdiv(N, 16) * triton.cdiv(262144, 32), 1)](
             embed_tokens, rows, x, norm, best, temperature, seed_low, seed_high, lengths, out, partial, arrivals, N,

@@ -534,31 +534,36 @@ def c_proj_gemv(c_proj_ptr, attended_ptr, x_ptr, c_proj_bias_ptr, out_ptr, BLOCK
 
 
 @gluon.jit
-def c_proj_stream_copies(c_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def c_proj_stream_copies(c_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                          BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
                          PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 768
     LEAVES: gl.constexpr = 1
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(c_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(c_proj_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(attended_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(attended_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(c_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(attended_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(c_proj_tiles, [leaf * ROWS + n_0, k], ready.index(place), w_ring.index(place * LEAVES + leaf))
+        async_load(attended_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -621,6 +626,9 @@ def c_proj_stream(c_proj_tiles, attended_tiles, x_ptr, c_proj_bias_ptr, out_ptr,
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(c_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K], c_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(attended_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], attended_tiles.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -633,7 +641,7 @@ def c_proj_stream(c_proj_tiles, attended_tiles, x_ptr, c_proj_bias_ptr, out_ptr,
         (c_proj_stream_products, (x_ptr, c_proj_bias_ptr, n_0, t_0, T, w_ring, x_ring, ready, done, steps, Y, Z, PDL,
         BLOCK_M, BLOCK_N, STAGES)),
         (c_proj_stream_copies, (
-            c_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            c_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
     ], [1], [40])
     if PDL:
@@ -973,31 +981,36 @@ def c_proj_2_gemv(c_proj_ptr, x_ptr, x_2_ptr, c_proj_bias_ptr, out_ptr, BLOCK_N:
 
 
 @gluon.jit
-def c_proj_2_stream_copies(c_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def c_proj_2_stream_copies(c_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                            BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
                            PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 768
     LEAVES: gl.constexpr = 1
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(c_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(c_proj_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(x_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(c_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(c_proj_tiles, [leaf * ROWS + n_0, k], ready.index(place), w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -1060,6 +1073,9 @@ def c_proj_2_stream(c_proj_tiles, x_tiles, x_2_ptr, c_proj_bias_ptr, out_ptr, pa
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(c_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K], c_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -1072,7 +1088,7 @@ def c_proj_2_stream(c_proj_tiles, x_tiles, x_2_ptr, c_proj_bias_ptr, out_ptr, pa
         (c_proj_2_stream_products, (x_2_ptr, c_proj_bias_ptr, n_0, t_0, T, w_ring, x_ring, ready, done, steps, Y, Z,
         PDL, BLOCK_M, BLOCK_N, STAGES)),
         (c_proj_2_stream_copies, (
-            c_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            c_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
     ], [1], [40])
     if PDL:

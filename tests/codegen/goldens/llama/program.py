@@ -29,7 +29,8 @@ def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, x_su
     if T == 1:
         kernels.q_k_v_proj_gemv[(triton.cdiv(3072, 2),)](
             q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache,
-            BLOCK_N=2, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=2, launch_pdl=PDL)
+            BLOCK_N=2, BLOCK_K=512, STAGES=1, AT_ONCE=True,
+            PDL=PDL, num_warps=2, maxnreg=96, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 8:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(3072, 128), 5)](
             tiles(q_k_v_proj, 4096, 128, 64), tiles(x[:T], 4096, 8, 64), x_sums.place, cos, sin, out, k_cache, slots,
@@ -44,10 +45,10 @@ def q_k_v_proj(m, T, q_k_v_proj, x, cos, sin, out, k_cache, slots, v_cache, x_su
             PDL=PDL, num_warps=4, maxnreg=56, launch_pdl=PDL)
     elif HOPPER and 17 <= T <= 32:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(3072, 32), 1)](
-            tiles(q_k_v_proj, 4096, 32, 128), tiles(x[:T], 4096, 32, 128), x_sums.place, cos, sin, out, k_cache, slots,
+            tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 32, 64), x_sums.place, cos, sin, out, k_cache, slots,
             v_cache, partial, arrivals, T, x_sums.parts,
-            BLOCK_M=32, BLOCK_N=32, BLOCK_K=128, STAGES=9, SPLITS=1, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
-            PDL=PDL, num_warps=4, maxnreg=72, launch_pdl=PDL)
+            BLOCK_M=32, BLOCK_N=32, BLOCK_K=64, STAGES=12, SPLITS=1, REDUCERS=4, REDUCING=40, HANDED=x_sums.parts > 0,
+            PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 33 <= T <= 64:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(3072, 32), 1)](
             tiles(q_k_v_proj, 4096, 32, 64), tiles(x[:T], 4096, 64, 64), x_sums.place, cos, sin, out, k_cache, slots,
@@ -178,7 +179,8 @@ def gate_up_proj(m, T, gate_up_proj, x, out, x_sums, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(14336, 1),)](
             gate_up_proj, x, out,
-            BLOCK_N=1, BLOCK_K=2048, STAGES=3, PDL=PDL, num_warps=8, launch_pdl=PDL)
+            BLOCK_N=1, BLOCK_K=2048, STAGES=3, AT_ONCE=True,
+            PDL=PDL, num_warps=8, maxnreg=64, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 8:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 8) * triton.cdiv(14336, 64), 1)](
             tiles(gate_up_proj, 4096, 64, 256), tiles(x[:T], 4096, 8, 256), x_sums.place, out, partial, arrivals, T,
@@ -307,7 +309,7 @@ def lm_head(m, b, draw, N, lm_head, rows, x, out, x_sums, best, temperature, see
     if N == 1:
         kernels.lm_head_gemv[(triton.cdiv(128256, 1),)](
             lm_head, rows, x, out,
-            BLOCK_N=1, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=2, launch_pdl=PDL)
+            BLOCK_N=1, BLOCK_K=1024, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=2, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 8:
         kernels.lm_head_stream[(triton.cdiv(N, 8) * triton.cdiv(128256, 128), 1)](
             tiles(lm_head, 4096, 128, 128), tiles(m.picked(x, b), 4096, 8, 128), x_sums.place, best, temperature,

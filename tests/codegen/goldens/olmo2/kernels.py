@@ -83,31 +83,37 @@ def q_k_v_proj_gemv(q_k_v_proj_ptr, x_ptr, out0_ptr, out1_ptr, v_cache_ptr, slot
 
 
 @gluon.jit
-def q_k_v_proj_stream_copies(q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def q_k_v_proj_stream_copies(q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
                              PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 12288
     LEAVES: gl.constexpr = 1
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(x_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(q_k_v_proj_tiles, [leaf * ROWS + n_0, k], ready.index(place),
+                    w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -163,6 +169,9 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, out0_ptr, out1_ptr, v_cache_ptr
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(q_k_v_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
             q_k_v_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
@@ -175,7 +184,7 @@ def q_k_v_proj_stream(q_k_v_proj_tiles, x_tiles, out0_ptr, out1_ptr, v_cache_ptr
     (y0,) = gl.warp_specialize([
         (q_k_v_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (q_k_v_proj_stream_copies, (
-            q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            q_k_v_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
     ], [1], [40])
     if PDL:
@@ -683,31 +692,36 @@ def o_proj_gemv(o_proj_ptr, attended_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_
 
 
 @gluon.jit
-def o_proj_stream_copies(o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def o_proj_stream_copies(o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                          BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
                          PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 4096
     LEAVES: gl.constexpr = 1
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(o_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(o_proj_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(attended_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(attended_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(o_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(attended_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(o_proj_tiles, [leaf * ROWS + n_0, k], ready.index(place), w_ring.index(place * LEAVES + leaf))
+        async_load(attended_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -760,6 +774,9 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(o_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K], o_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(attended_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], attended_tiles.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -771,7 +788,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, out_ptr, partial_ptr, arrivals_p
     (y0,) = gl.warp_specialize([
         (o_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (o_proj_stream_copies, (
-            o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
     ], [1], [40])
     if PDL:
@@ -913,8 +930,13 @@ def rows(x_ptr, x_2_ptr, post_attention_layernorm_ptr, out_ptr, T, BLOCK_M: tl.c
 
 
 @triton.jit
+def gate_up_proj_gemv_fold(a_0, a_1, b_0, b_1):
+    return a_0 + b_0, a_1 + b_1
+
+
+@triton.jit
 def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                      STAGES: tl.constexpr, PDL: tl.constexpr):
+                      STAGES: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr):
     # olmo2.fuse:42   down_proj(silu(gate_proj(x)) * up_proj(x))
     ROWS: tl.constexpr = 11008
     K: tl.constexpr = 4096
@@ -937,37 +959,47 @@ def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, B
         x = tl.load(x_ptr + k).to(tl.float32)
         acc0 += w0.to(tl.float32) * x[None, :]
         acc1 += w1.to(tl.float32) * x[None, :]
-    y0 = tl.sum(acc0, 1)
-    y1 = tl.sum(acc1, 1)
+    if AT_ONCE:
+        y0, y1 = tl.reduce(
+            (acc0, acc1), 1, gate_up_proj_gemv_fold)
+    else:
+        y0 = tl.sum(acc0, 1)
+        y1 = tl.sum(acc1, 1)
     tl.store(out_ptr + n, (y0 * (1 / (1 + tl.exp(-y0)))) * y1)
 
 
 @gluon.jit
-def gate_up_proj_stream_copies(gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def gate_up_proj_stream_copies(gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                                BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
                                STAGES: gl.constexpr, PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 11008
     LEAVES: gl.constexpr = 2
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(x_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, k], ready.index(place),
+                    w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -1028,6 +1060,9 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(gate_up_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
             gate_up_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
@@ -1040,7 +1075,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, out_ptr, partial_ptr, arriv
     y0, y1 = gl.warp_specialize([
         (gate_up_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (gate_up_proj_stream_copies, (
-            gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
     ], [1], [40])
     if PDL:
@@ -1205,31 +1240,36 @@ def down_proj_gemv(down_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K
 
 
 @gluon.jit
-def down_proj_stream_copies(down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def down_proj_stream_copies(down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                             BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
                             PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 4096
     LEAVES: gl.constexpr = 1
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(down_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(down_proj_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(x_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(down_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(down_proj_tiles, [leaf * ROWS + n_0, k], ready.index(place), w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -1282,6 +1322,9 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(down_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
             down_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
@@ -1294,7 +1337,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, out_ptr, partial_ptr, arrivals_pt
     (y0,) = gl.warp_specialize([
         (down_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (down_proj_stream_copies, (
-            down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
     ], [1], [40])
     if PDL:
@@ -1436,8 +1479,13 @@ def rows_2(x_ptr, x_2_ptr, post_feedforward_layernorm_ptr, out_ptr, T, BLOCK_M: 
 
 
 @triton.jit
+def lm_head_gemv_fold(a_0, a_mean, b_0, b_mean):
+    return a_0 + b_0, a_mean + b_mean
+
+
+@triton.jit
 def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 STAGES: tl.constexpr, PDL: tl.constexpr):
+                 STAGES: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr):
     # olmo2.fuse:21   h = f32(x)
     # olmo2.fuse:22   f32(weight) * h * rsqrt(mean[I](h^2) + eps) as x
     # olmo2.fuse:51   h + post_feedforward_layernorm(mlp(h))
@@ -1462,39 +1510,49 @@ def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, B
         x = tl.load(x_ptr + rows * 4096 + k).to(tl.float32)
         acc0 += w0.to(tl.float32) * x[None, :]
         mean_k = mean_k + (x * x)
-    y0 = tl.sum(acc0, 1)
-    mean = tl.sum(mean_k, 0) / 4096
+    if AT_ONCE:
+        y0, mean = tl.reduce(
+            (acc0, tl.broadcast_to(mean_k[None, :], [BLOCK_N, BLOCK_K])), 1, lm_head_gemv_fold)
+    else:
+        y0 = tl.sum(acc0, 1)
+        mean = tl.sum(mean_k, 0)
+    mean = mean / 4096
     v = mean + 1e-06
     rsqrt = tl.rsqrt(v)
     tl.store(out_ptr + n, y0 * rsqrt)
 
 
 @gluon.jit
-def lm_head_stream_copies(lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def lm_head_stream_copies(lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                           BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
                           PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 100352
     LEAVES: gl.constexpr = 1
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(lm_head_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(lm_head_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(x_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(lm_head_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(lm_head_tiles, [leaf * ROWS + n_0, k], ready.index(place), w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -1566,6 +1624,9 @@ def lm_head_stream(lm_head_tiles, x_tiles, best_ptr, temperature_ptr, seed_low_p
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(lm_head_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K], lm_head_tiles.layout)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -1578,7 +1639,7 @@ def lm_head_stream(lm_head_tiles, x_tiles, best_ptr, temperature_ptr, seed_low_p
     (y0,) = gl.warp_specialize([
         (lm_head_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (lm_head_stream_copies, (
-            lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
         (lm_head_stream_reductions, (x_ring, row_sums, ready, done, steps, BLOCK_M, BLOCK_K, STAGES)),
     ], [1, REDUCERS], [40, REDUCING])

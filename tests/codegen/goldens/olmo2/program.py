@@ -163,7 +163,7 @@ def gate_up_proj(m, T, gate_up_proj, x, out, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(11008, 2),)](
             gate_up_proj, x, out,
-            BLOCK_N=2, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=2, BLOCK_K=2048, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(11008, 64), 1)](
             tiles(gate_up_proj, 4096, 64, 128), tiles(x[:T], 4096, 16, 128), out, partial, arrivals, T,
@@ -257,7 +257,7 @@ def lm_head(m, b, draw, N, lm_head, rows, x, out, best, temperature, seed_low, s
     if N == 1:
         kernels.lm_head_gemv[(triton.cdiv(100352, 4),)](
             lm_head, rows, x, out,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=2048, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(100352, 64), 1)](
             tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 16, 128), best, temperature, seed_low,

@@ -50,8 +50,14 @@ def embed_tokens_positions(ids_ptr, embed_tokens_ptr, out0_ptr, pos_ptr, table_p
 
 
 @triton.jit
+def qkv_proj_gemv_fold(a_0, a_1, a_mean, b_0, b_1, b_mean):
+    return a_0 + b_0, a_1 + b_1, a_mean + b_mean
+
+
+@triton.jit
 def qkv_proj_gemv(qkv_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, slots_ptr, v_cache_ptr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AT_ONCE: tl.constexpr,
+                  PDL: tl.constexpr):
     # phi3.fuse:25   q, k, v = qkv_proj(x)
     # phi3.fuse:26   q, k = rope[K](q, pos, freqs), rope[K](k, pos, freqs)
     # phi3.fuse:27   o_proj(attend[K, mask=mask](q, cache(k), cache(v), pos))
@@ -94,9 +100,14 @@ def qkv_proj_gemv(qkv_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, s
         acc0 += w0.to(tl.float32) * x[None, :]
         acc1 += w1.to(tl.float32) * x[None, :]
         mean_k = mean_k + (x * x)
-    y0 = tl.sum(acc0, 1)
-    y1 = tl.sum(acc1, 1)
-    mean = tl.sum(mean_k, 0) / 3072
+    if AT_ONCE:
+        y0, y1, mean = tl.reduce(
+            (acc0, acc1, tl.broadcast_to(mean_k[None, :], [BLOCK_N, BLOCK_K])), 1, qkv_proj_gemv_fold)
+    else:
+        y0 = tl.sum(acc0, 1)
+        y1 = tl.sum(acc1, 1)
+        mean = tl.sum(mean_k, 0)
+    mean = mean / 3072
     v = mean + 1e-05
     rsqrt = tl.rsqrt(v)
     v_2 = y0 * rsqrt
@@ -112,31 +123,36 @@ def qkv_proj_gemv(qkv_proj_ptr, x_ptr, cos_ptr, sin_ptr, out_ptr, k_cache_ptr, s
 
 
 @gluon.jit
-def qkv_proj_stream_copies(qkv_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def qkv_proj_stream_copies(qkv_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                            BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
                            PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 4608
     LEAVES: gl.constexpr = 2
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(qkv_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(qkv_proj_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(x_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(qkv_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(qkv_proj_tiles, [leaf * ROWS + n_0, k], ready.index(place), w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -249,6 +265,9 @@ def qkv_proj_stream(qkv_proj_tiles, x_tiles, x_sums_ptr, cos_ptr, sin_ptr, out_p
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(qkv_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K], qkv_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -261,7 +280,7 @@ def qkv_proj_stream(qkv_proj_tiles, x_tiles, x_sums_ptr, cos_ptr, sin_ptr, out_p
     y0, y1 = gl.warp_specialize([
         (qkv_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, BLOCK_K, HIGH, STAGES)),
         (qkv_proj_stream_copies, (
-            qkv_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            qkv_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
         (qkv_proj_stream_reductions, (x_sums_ptr, parts, t_0, T, x_ring, row_sums, ready, done, steps, BLOCK_M,
         BLOCK_K, STAGES, HANDED, PDL)),
@@ -885,31 +904,36 @@ def o_proj_gemv(o_proj_ptr, attended_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr,
 
 
 @gluon.jit
-def o_proj_stream_copies(o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def o_proj_stream_copies(o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                          BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
                          PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 3072
     LEAVES: gl.constexpr = 1
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(o_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(o_proj_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(attended_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(attended_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(o_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(attended_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(o_proj_tiles, [leaf * ROWS + n_0, k], ready.index(place), w_ring.index(place * LEAVES + leaf))
+        async_load(attended_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -970,6 +994,9 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, out_sums_ptr, pa
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(o_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K], o_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(attended_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], attended_tiles.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -982,7 +1009,7 @@ def o_proj_stream(o_proj_tiles, attended_tiles, x_ptr, out_ptr, out_sums_ptr, pa
         (o_proj_stream_products, (x_ptr, n_0, t_0, T, w_ring, x_ring, ready, done, steps, Y, Z, PDL, BLOCK_M, BLOCK_N,
         STAGES)),
         (o_proj_stream_copies, (
-            o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            o_proj_tiles, attended_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
     ], [1], [40])
     if PDL:
@@ -1096,8 +1123,13 @@ def o_proj_matmul(o_proj_ptr, attended_ptr, x_ptr, out_ptr, T, BLOCK_M: tl.const
 
 
 @triton.jit
+def gate_up_proj_gemv_fold(a_0, a_1, a_mean, b_0, b_1, b_mean):
+    return a_0 + b_0, a_1 + b_1, a_mean + b_mean
+
+
+@triton.jit
 def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                      STAGES: tl.constexpr, PDL: tl.constexpr):
+                      STAGES: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr):
     # phi3.fuse:33   gate, up = gate_up_proj(x)
     # phi3.fuse:34   down_proj(silu(gate) * up)
     # phi3.fuse:43   h + mlp(post_attention_layernorm(h))
@@ -1124,9 +1156,14 @@ def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, B
         acc0 += w0.to(tl.float32) * x[None, :]
         acc1 += w1.to(tl.float32) * x[None, :]
         mean_k = mean_k + (x * x)
-    y0 = tl.sum(acc0, 1)
-    y1 = tl.sum(acc1, 1)
-    mean = tl.sum(mean_k, 0) / 3072
+    if AT_ONCE:
+        y0, y1, mean = tl.reduce(
+            (acc0, acc1, tl.broadcast_to(mean_k[None, :], [BLOCK_N, BLOCK_K])), 1, gate_up_proj_gemv_fold)
+    else:
+        y0 = tl.sum(acc0, 1)
+        y1 = tl.sum(acc1, 1)
+        mean = tl.sum(mean_k, 0)
+    mean = mean / 3072
     v = mean + 1e-05
     rsqrt = tl.rsqrt(v)
     v_2 = y0 * rsqrt
@@ -1134,31 +1171,37 @@ def gate_up_proj_gemv(gate_up_proj_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, B
 
 
 @gluon.jit
-def gate_up_proj_stream_copies(gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def gate_up_proj_stream_copies(gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                                BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
                                STAGES: gl.constexpr, PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 8192
     LEAVES: gl.constexpr = 2
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(x_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(gate_up_proj_tiles, [leaf * ROWS + n_0, k], ready.index(place),
+                    w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -1258,6 +1301,9 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, x_sums_ptr, out_ptr, partia
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(gate_up_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
             gate_up_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
@@ -1271,7 +1317,7 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, x_sums_ptr, out_ptr, partia
     y0, y1 = gl.warp_specialize([
         (gate_up_proj_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (gate_up_proj_stream_copies, (
-            gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            gate_up_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
         (gate_up_proj_stream_reductions, (x_sums_ptr, parts, t_0, T, x_ring, row_sums, ready, done, steps, BLOCK_M,
         BLOCK_K, STAGES, HANDED, PDL)),
@@ -1505,31 +1551,36 @@ def down_proj_gemv(down_proj_ptr, x_ptr, x_2_ptr, out_ptr, BLOCK_N: tl.constexpr
 
 
 @gluon.jit
-def down_proj_stream_copies(down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def down_proj_stream_copies(down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                             BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
                             PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 3072
     LEAVES: gl.constexpr = 1
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(down_proj_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(down_proj_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(x_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(down_proj_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(down_proj_tiles, [leaf * ROWS + n_0, k], ready.index(place), w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -1591,6 +1642,9 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, out_sums_ptr, p
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(down_proj_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K],
             down_proj_tiles.layout)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
@@ -1604,7 +1658,7 @@ def down_proj_stream(down_proj_tiles, x_tiles, x_2_ptr, out_ptr, out_sums_ptr, p
         (down_proj_stream_products, (x_2_ptr, n_0, t_0, T, w_ring, x_ring, ready, done, steps, Y, Z, PDL, BLOCK_M,
         BLOCK_N, STAGES)),
         (down_proj_stream_copies, (
-            down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            down_proj_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
     ], [1], [40])
     if PDL:
@@ -1718,8 +1772,13 @@ def down_proj_matmul(down_proj_ptr, x_ptr, x_2_ptr, out_ptr, T, BLOCK_M: tl.cons
 
 
 @triton.jit
+def lm_head_gemv_fold(a_0, a_mean, b_0, b_mean):
+    return a_0 + b_0, a_mean + b_mean
+
+
+@triton.jit
 def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 STAGES: tl.constexpr, PDL: tl.constexpr):
+                 STAGES: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr):
     # phi3.fuse:43   h + mlp(post_attention_layernorm(h))
     # phi3.fuse:53   lm_head(norm(x))
     K: tl.constexpr = 3072
@@ -1742,39 +1801,49 @@ def lm_head_gemv(lm_head_ptr, rows_ptr, x_ptr, out_ptr, BLOCK_N: tl.constexpr, B
         x = tl.load(x_ptr + rows * 3072 + k).to(tl.float32)
         acc0 += w0.to(tl.float32) * x[None, :]
         mean_k = mean_k + (x * x)
-    y0 = tl.sum(acc0, 1)
-    mean = tl.sum(mean_k, 0) / 3072
+    if AT_ONCE:
+        y0, mean = tl.reduce(
+            (acc0, tl.broadcast_to(mean_k[None, :], [BLOCK_N, BLOCK_K])), 1, lm_head_gemv_fold)
+    else:
+        y0 = tl.sum(acc0, 1)
+        mean = tl.sum(mean_k, 0)
+    mean = mean / 3072
     v = mean + 1e-05
     rsqrt = tl.rsqrt(v)
     tl.store(out_ptr + n, y0 * rsqrt)
 
 
 @gluon.jit
-def lm_head_stream_copies(lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+def lm_head_stream_copies(lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
                           BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
                           PDL: gl.constexpr):
     # One warp: every place of the ring is filled as soon as it may be.
     ROWS: gl.constexpr = 32064
     LEAVES: gl.constexpr = 1
     BYTES: gl.constexpr = (LEAVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    last = first + steps
     for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
         mbarrier.expect(ready.index(stage), BYTES, pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(lm_head_tiles, [leaf * ROWS + n_0, (first + stage) * BLOCK_K], ready.index(stage),
+            async_load(lm_head_tiles, [leaf * ROWS + n_0, k], ready.index(stage),
                        w_ring.index(stage * LEAVES + leaf), pred=stage < steps)
     if PDL:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        async_load(x_tiles, [t_0, (first + stage) * BLOCK_K], ready.index(stage), x_ring.index(stage),
-                pred=stage < steps)
+        k = first + turn + stage
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
+        async_load(x_tiles, [t_0, k], ready.index(stage), x_ring.index(stage), pred=stage < steps)
     for step in range(STAGES, steps):
         place = step % STAGES
         mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
         mbarrier.expect(ready.index(place), BYTES)
+        k = first + turn + step
+        k = gl.where(k < last, k, k - steps) * BLOCK_K
         for leaf in gl.static_range(LEAVES):
-            async_load(lm_head_tiles, [leaf * ROWS + n_0, (first + step) * BLOCK_K], ready.index(place),
-                       w_ring.index(place * LEAVES + leaf))
-        async_load(x_tiles, [t_0, (first + step) * BLOCK_K], ready.index(place), x_ring.index(place))
+            async_load(lm_head_tiles, [leaf * ROWS + n_0, k], ready.index(place), w_ring.index(place * LEAVES + leaf))
+        async_load(x_tiles, [t_0, k], ready.index(place), x_ring.index(place))
 
 
 @gluon.jit
@@ -1863,6 +1932,9 @@ def lm_head_stream(lm_head_tiles, x_tiles, x_sums_ptr, best_ptr, temperature_ptr
     t_0 = tile // BLOCKS_N * BLOCK_M
     first = split * SHARE
     steps = gl.minimum(SHARE, STEPS - first)
+    # Where in its share a program begins: neighbours one step apart, so that few tokens' programs do not all ask for the same
+    # columns at once. Of many tokens they should, since then one read of x from memory's cache serves all of them.
+    turn = tile % steps if BLOCK_M <= 8 and SPLITS == 1 else 0
     w_ring = gl.allocate_shared_memory(lm_head_tiles.dtype, [STAGES * LEAVES, BLOCK_N, BLOCK_K], lm_head_tiles.layout)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -1875,7 +1947,7 @@ def lm_head_stream(lm_head_tiles, x_tiles, x_sums_ptr, best_ptr, temperature_ptr
     (y0,) = gl.warp_specialize([
         (lm_head_stream_products, (w_ring, x_ring, ready, done, steps, Y, BLOCK_M, BLOCK_N, STAGES)),
         (lm_head_stream_copies, (
-            lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, steps,
+            lm_head_tiles, x_tiles, w_ring, x_ring, ready, done, n_0, t_0, first, turn, steps,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
         (lm_head_stream_reductions, (x_sums_ptr, parts, t_0, T, x_ring, row_sums, ready, done, steps, BLOCK_M, BLOCK_K,
         STAGES, HANDED, PDL)),

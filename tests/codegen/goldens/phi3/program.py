@@ -29,7 +29,7 @@ def qkv_proj(m, T, qkv_proj, x, cos, sin, out, k_cache, slots, v_cache, x_sums, 
     if T == 1:
         kernels.qkv_proj_gemv[(triton.cdiv(4608, 4),)](
             qkv_proj, x, cos, sin, out, k_cache, slots, v_cache,
-            BLOCK_N=4, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=1024, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.qkv_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(4608, 64), 3)](
             tiles(qkv_proj, 3072, 64, 128), tiles(x[:T], 3072, 16, 128), x_sums.place, cos, sin, out, k_cache, slots,
@@ -144,7 +144,7 @@ def gate_up_proj(m, T, gate_up_proj, x, out, x_sums, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(8192, 4),)](
             gate_up_proj, x, out,
-            BLOCK_N=4, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=1024, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(8192, 64), 2)](
             tiles(gate_up_proj, 3072, 64, 128), tiles(x[:T], 3072, 16, 128), x_sums.place, out, partial, arrivals, T,
@@ -243,7 +243,7 @@ def lm_head(m, b, draw, N, lm_head, rows, x, out, x_sums, best, temperature, see
     if N == 1:
         kernels.lm_head_gemv[(triton.cdiv(32064, 8),)](
             lm_head, rows, x, out,
-            BLOCK_N=8, BLOCK_K=1024, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=8, BLOCK_K=1024, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(32064, 64), 1)](
             tiles(lm_head, 3072, 64, 128), tiles(m.picked(x, b), 3072, 16, 128), x_sums.place, best, temperature,

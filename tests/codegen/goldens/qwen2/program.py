@@ -31,7 +31,7 @@ def q_k_v_proj(m, T, q_k_v_proj, x, q_proj_bias, cos, q_proj_bias_2, sin, out, k
         kernels.q_k_v_proj_gemv[(triton.cdiv(2304, 4),)](
             q_k_v_proj, x, q_proj_bias, cos, q_proj_bias_2, sin, out, k_proj_bias, k_proj_bias_2, k_cache, slots,
             v_proj_bias, v_cache,
-            BLOCK_N=4, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=512, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(2304, 64), 7)](
             tiles(q_k_v_proj, 3584, 64, 128), tiles(x[:T], 3584, 16, 128), x_sums.place, q_proj_bias, cos,
@@ -154,7 +154,7 @@ def gate_up_proj(m, T, gate_up_proj, x, out, x_sums, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(18944, 8),)](
             gate_up_proj, x, out,
-            BLOCK_N=8, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=8, BLOCK_K=512, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(18944, 64), 1)](
             tiles(gate_up_proj, 3584, 64, 128), tiles(x[:T], 3584, 16, 128), x_sums.place, out, partial, arrivals, T,
@@ -253,7 +253,7 @@ def lm_head(m, b, draw, N, lm_head, rows, x, out, x_sums, best, temperature, see
     if N == 1:
         kernels.lm_head_gemv[(triton.cdiv(152064, 16),)](
             lm_head, rows, x, out,
-            BLOCK_N=16, BLOCK_K=512, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=16, BLOCK_K=512, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(152064, 64), 1)](
             tiles(lm_head, 3584, 64, 128), tiles(m.picked(x, b), 3584, 16, 128), x_sums.place, best, temperature,

@@ -29,7 +29,7 @@ def q_k_v_proj(m, T, q_k_v_proj, x, out0, out1, v_cache, slots, x_sums, partial,
     if T == 1:
         kernels.q_k_v_proj_gemv[(triton.cdiv(6144, 4),)](
             q_k_v_proj, x, out0, out1, v_cache, slots,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=2048, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.q_k_v_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(6144, 64), 2)](
             tiles(q_k_v_proj, 4096, 64, 128), tiles(x[:T], 4096, 16, 128), x_sums.place, out0, out1, v_cache, slots,
@@ -172,7 +172,7 @@ def gate_up_proj(m, T, gate_up_proj, x, out, x_sums, partial, arrivals):
     if T == 1:
         kernels.gate_up_proj_gemv[(triton.cdiv(12288, 2),)](
             gate_up_proj, x, out,
-            BLOCK_N=2, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=2, BLOCK_K=2048, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= T <= 16:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 16) * triton.cdiv(12288, 64), 1)](
             tiles(gate_up_proj, 4096, 64, 128), tiles(x[:T], 4096, 16, 128), x_sums.place, out, partial, arrivals, T,
@@ -271,7 +271,7 @@ def lm_head(m, b, draw, N, lm_head, rows, x, out, x_sums, best, temperature, see
     if N == 1:
         kernels.lm_head_gemv[(triton.cdiv(151936, 4),)](
             lm_head, rows, x, out,
-            BLOCK_N=4, BLOCK_K=2048, STAGES=1, PDL=PDL, num_warps=4, launch_pdl=PDL)
+            BLOCK_N=4, BLOCK_K=2048, STAGES=1, AT_ONCE=False, PDL=PDL, num_warps=4, launch_pdl=PDL)
     elif HOPPER and 2 <= N <= 16:
         kernels.lm_head_stream[(triton.cdiv(N, 16) * triton.cdiv(151936, 64), 1)](
             tiles(lm_head, 4096, 64, 128), tiles(m.picked(x, b), 4096, 16, 128), x_sums.place, best, temperature,
