@@ -58,6 +58,7 @@ RESERVED = (
     "own",
     "step",
     "steps",
+    "turn",
     "stage",
     "leaf",
     "n_0",
