@@ -29,8 +29,8 @@ import torch
 from fusec.bench.decode import decode_bytes
 from fusec.bench.limits import capture, microseconds, proven_saving, read_bandwidth, replay_microseconds, turns
 from fusec.codegen import schedule
-from fusec.codegen.attention_schedule import decode_launch, decode_row
-from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, form_of, tiles_for, variants
+from fusec.codegen.attention_schedule import Launch, decode_launch, decode_row
+from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, decode_variants, form_of, tiles_for, variants
 from fusec.codegen.contraction import Contraction
 from fusec.codegen.contraction_kernel import contraction
 from fusec.codegen.module import preamble
@@ -183,14 +183,13 @@ class Tuner:
                 now = time.monotonic()
                 deadline = now + (start + budget - now) / left
                 launches = self.agreeing(attention[form, tokens], tokens)
-                varied = {f.name: self.varied(used[f.name]) for f in self.contractions if f.name in used}
-                soon = deadline - VARYING * (deadline - now) if any(varied.values()) else deadline
-                choice, launch, ms = self.together(few, launches, tokens, soon, used)
-                if soon < deadline:
-                    found |= self.variants_of(choice, form, tokens, deadline)
-                    few = {name: [option for _, option in rows] for name, rows in found.items() if name in choice}
-                    chosen = [each for each in launches if each[0] is launch]
-                    choice, launch, ms = self.together(few, chosen, tokens, deadline, choice)
+                choice, launch, ms = self.together(few, launches, tokens, deadline - VARYING * (deadline - now), used)
+                varied = self.variants_of(choice, form, tokens, deadline)
+                launches = self.agreeing(self.warm_variants(launch, tokens), tokens)
+                if varied or len(launches) > 1:
+                    found |= varied
+                    few = {name: [option for _, option in rows] for name, rows in varied.items()}
+                    choice, launch, ms = self.together(few, launches, tokens, deadline, choice)
                 bandwidth = decode_bytes(self.program.compiled, tokens, CONTEXT + 1) / ms / 1e6
                 tell("the whole step", form, tokens, ms * 1e3, f"{bandwidth / self.read:.1%} of {self.read:.0f} GB/s")
                 if launch:
@@ -216,6 +215,11 @@ class Tuner:
         """The function of decode attention, where a model has one kernel of it."""
         found = [f for f in self.module.functions if f.kernel.attrs["kind"] == "attention"]
         return found[0] if len(found) == 1 else None
+
+    @property
+    def decode(self):
+        """The source of decode attention."""
+        return next(s for s in self.attention.sources if s.form == "decode")
 
     @contextlib.contextmanager
     def standing_in(self, trial: dict[str, Callable]):
@@ -256,9 +260,9 @@ class Tuner:
         return [replace(option, tiles=tiles) for tiles in variants(option.tiles, facts["leaves"], facts["reductions"])]
 
     def variants_of(self, choice: dict[str, Candidate], form: str, tokens: int, deadline: float) -> dict:
-        """Of each kernel the variants of its chosen tile, measured alone, behind that itself, which their results are held to."""
-        kernels = [f for f in self.contractions if f.name in choice]
-        jobs = [(f, [choice[f.name], *self.varied(choice[f.name])]) for f in kernels]
+        """Of each kernel whose chosen tile has variants, that and its variants, measured alone and held to its results."""
+        jobs = [(f, [choice[f.name], *self.varied(choice[f.name])]) for f in self.contractions if f.name in choice]
+        jobs = [(f, options) for f, options in jobs if len(options) > 1]
         warming = [[self.pool.submit(warm, self.job(f, option)) for option in options] for f, options in jobs]
         found = {f.name: self.alone(f, form, tokens, options, futures, deadline)
                  for (f, options), futures in zip(jobs, warming, strict=True)}  # fmt: skip
@@ -317,21 +321,26 @@ class Tuner:
 
     def warm_attention(self, sequences: int) -> list[tuple]:
         """(launch, future of its compilation) of each way to launch decode attention, where a model has one kernel of it."""
-        function = self.attention
-        if function is None:
+        if self.attention is None:
             return []
-        source = next(s for s in function.sources if s.form == "decode")
-        a, kind = source.facts["attention"], self.module.dtype
+        a = self.decode.facts["attention"]
         rule = decode_launch(sequences, BUCKET, G=a.G, R=a.R, K=a.K, J=a.J, page=PAGE, itemsize=self.program.dtype.itemsize,
                              pdl=True, gpu=schedule.gpu_key(torch.cuda.get_device_name(self.program.device)))  # fmt: skip
-        found = []
-        for tiles in decode_tiles(rule, sequences, BUCKET, self.program.dtype.itemsize):
-            path = Path(self.program.program.__file__).with_name("kernels.py")
-            pointers = [kind] * 3 + ["int32"] * 2 + [kind, "float32", "float32", "int32", *source.facts["heads"]]
-            strides = [max(sequences, 2), a.G * a.R * a.K, self.batch(1).block_tables.stride(0)]
-            job = (str(path), source.name, tiles.options, [([*pointers, *strides], tiles.constants)])
-            found.append((tiles, self.pool.submit(warm, job)))
-        return found
+        return self.warm_launches(decode_tiles(rule, sequences, BUCKET, self.program.dtype.itemsize), sequences)
+
+    def warm_variants(self, launch: Launch | None, sequences: int) -> list[tuple]:
+        """The chosen launch of decode attention and its variants."""
+        if launch is None:
+            return []
+        return self.warm_launches([launch, *decode_variants(launch, sequences, BUCKET, self.program.dtype.itemsize)], sequences)
+
+    def warm_launches(self, launches: list[Launch], sequences: int) -> list[tuple]:
+        source, kind = self.decode, self.module.dtype
+        path, a = Path(self.program.program.__file__).with_name("kernels.py"), source.facts["attention"]
+        pointers = [kind] * 3 + ["int32"] * 2 + [kind, "float32", "float32", "int32", *source.facts["heads"]]
+        strides = [max(sequences, 2), a.G * a.R * a.K, self.batch(1).block_tables.stride(0)]
+        return [(each, self.pool.submit(warm, (str(path), source.name, each.options, [([*pointers, *strides], each.constants)])))
+                for each in launches]  # fmt: skip
 
     def agreeing(self, attention: list[tuple], tokens: int) -> list[tuple]:
         """The launches of decode attention that compile, and whose results agree with those of the first, the one in use."""

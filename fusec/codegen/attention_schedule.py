@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import schedule
-from .schedule import SHARED, padded
+from .schedule import REGISTERS, SHARED, padded
 
 # Bytes of shared memory up to which Triton leaves a multiprocessor's split between L1 and shared memory alone. Beyond, it asks
 # for the largest share, and to change the split may cost a wait: two kernels on different sides of this limit seem not to
@@ -82,10 +82,12 @@ def decode_launch(
 
 
 def with_tile(constants: dict, tile: dict, batch: int, max_context: int, itemsize: int, multiprocessors: int = 132) -> Launch:
-    """The launch of the decode kernel with a tile: block_n, chunk, num_warps, num_stages, and parts if there is one sequence."""
-    G, block_n = constants["G"], tile["block_n"]
+    """The launch of the decode kernel with a tile: block_n, chunk, num_warps, num_stages, parts if there is one sequence, and
+    registers, a thread's at most, if the compiler should not choose."""
+    G, block_n, registers = constants["G"], tile["block_n"], tile.get("registers")
+    warps = REGISTERS // (32 * (registers or 255))  # that find registers on a multiprocessor
     shared = 2 * block_n * max(constants["BLOCK_K"], constants["BLOCK_J"]) * itemsize * (tile["num_stages"] - 1)
-    programs = multiprocessors * max(1, min(SHARED // shared, 8 // tile["num_warps"]))  # by shared memory, by registers
+    programs = multiprocessors * max(1, min(SHARED // shared, warps // tile["num_warps"]))  # by shared memory, by registers
     parts = tile["parts"]
     if batch > 1:  # more than the device will ever share out: see the template
         most = batch * -(-max_context // block_n) // max(1, tile["chunk"] // block_n)
@@ -95,7 +97,7 @@ def with_tile(constants: dict, tile: dict, batch: int, max_context: int, itemsiz
     if constants["PDL"]:  # neighbours may overlap: of one sequence, what its programs need; of more, what the kernels beside have
         wanted = -(-G * parts // multiprocessors) * (shared + SLACK) if batch == 1 else WHOLE
         share = min(100, -(-100 * wanted // WHOLE))
-    return Launch((G, parts), constants, tile["num_warps"], tile["num_stages"], shared=share)
+    return Launch((G, parts), constants, tile["num_warps"], tile["num_stages"], registers, share)
 
 
 def decode_rule(batch: int, max_context: int, *, G: int, R: int, width: int, multiprocessors: int) -> dict[str, int]:
@@ -124,6 +126,7 @@ def decode_row(launch: Launch, sequences: int, context: int, itemsize: int) -> t
     c = launch.constants
     row = dict(sequences=sequences, context=context, block_n=c["BLOCK_N"], parts=c["PARTS"] if sequences == 1 else 0,
                chunk=c["CHUNK"], num_warps=launch.num_warps, num_stages=launch.num_stages)
+    row |= {"registers": launch.maxnreg} if launch.maxnreg else {}
     return schedule.key("decode", c["G"], c["R"], c["K"], c["J"], itemsize), row
 
 

@@ -7,12 +7,13 @@ import math
 from dataclasses import replace
 
 from . import schedule
-from .attention_schedule import LITTLE, SLACK, Launch, with_tile
+from .attention_schedule import LITTLE, SLACK, Launch, decode_row, with_tile
 from .schedule import MULTIPROCESSORS, REGISTERS, SHARED
 
 FORMS = ("gemv", "skinny", "matmul")
 TOKENS = {"gemv": (1,), "skinny": (8, 16, 32, 64, 128), "matmul": (4096,)}  # form -> numbers of tokens with tiles of their own
 MOST, MOST_STREAMS = 36, 72  # tiles of a shape and number of tokens
+LIMITS = (None, 128, 168, 200)  # registers of a thread of decode attention; up to four, three or two programs of four warps
 
 
 def tiles_for(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens: int, streams=False, beside: int = 0) -> list:
@@ -130,6 +131,14 @@ def decode_tiles(rule: Launch, sequences: int, context: int, itemsize: int) -> l
             launch = with_tile(rule.constants, tile, sequences, context, itemsize, MULTIPROCESSORS)
             found += [launch] if launch not in found else []
     return sorted(found, key=lambda launch: distance(launch, rule))
+
+
+def decode_variants(launch: Launch, sequences: int, context: int, itemsize: int) -> list[Launch]:
+    """A launch's own, as `variants` of a tile: with other limits on registers."""
+    _, tile = decode_row(launch, sequences, context, itemsize)
+    tiles = [tile | {"registers": limit} for limit in LIMITS]
+    found = [with_tile(launch.constants, tile, sequences, context, itemsize, MULTIPROCESSORS) for tile in tiles]
+    return [variant for variant in found if variant != launch]
 
 
 def distance(launch: Launch, rule: Launch) -> float:

@@ -116,6 +116,18 @@ else:
             least = registers <= tokens // 2 + 39  # one product wants no less, and would not compile: fewer programs have room
             assert registers * threads * max(1, min(4, programs)) <= schedule.REGISTERS or least
 
+    @pytest.mark.parametrize("sequences", (1, 8))
+    def test_limits_on_registers_are_variants_of_a_launch(sequences, monkeypatch):
+        heads = dict(G=2, R=4, K=64, J=64, page=16)
+        chosen = decode_launch(sequences, 1024, **heads)
+        variants = candidates.decode_variants(chosen, sequences, 1024, 2)
+        assert [v.maxnreg for v in variants] == [limit for limit in candidates.LIMITS if limit]
+        for variant in variants:
+            key, row = decode_row(variant, sequences, 1024, 2)
+            monkeypatch.setattr(schedule, "table", lambda gpu, key=key, row=row: {key: [row]})
+            assert decode_launch(sequences, 1024, **heads) == variant
+            assert chosen in candidates.decode_variants(variant, sequences, 1024, 2)
+
     def test_a_row_of_the_table_is_what_decode_launch_answers(monkeypatch):
         heads = dict(G=2, R=4, K=64, J=64, page=16)
         wanted = candidates.decode_tiles(decode_launch(8, 1024, **heads), 8, 1024, 2)[-1]
