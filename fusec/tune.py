@@ -177,19 +177,8 @@ class Tuner:
             found = ranked[form, tokens]
             choice = {name: rows[0][1] for name, rows in found.items()}
             if choice and form != "matmul":
-                few = {name: [option for _, option in rows[:FEW]] for name, rows in found.items()}
-                tiles = {f.name: self.used(f, form, tokens) for f in self.contractions}
-                used = {name: next((o for _, o in rows if o.tiles == tiles[name]), rows[0][1]) for name, rows in found.items()}
-                now = time.monotonic()
-                deadline = now + (start + budget - now) / left
-                launches = self.agreeing(attention[form, tokens], tokens)
-                choice, launch, ms = self.together(few, launches, tokens, deadline - VARYING * (deadline - now), used)
-                varied = self.variants_of(choice, form, tokens, deadline)
-                launches = self.agreeing(self.warm_variants(launch, tokens), tokens)
-                if varied or len(launches) > 1:
-                    found |= varied
-                    few = {name: [option for _, option in rows] for name, rows in varied.items()}
-                    choice, launch, ms = self.together(few, launches, tokens, deadline, choice)
+                deadline = time.monotonic() + (start + budget - time.monotonic()) / left
+                choice, launch, ms = self.in_the_step(found, attention[form, tokens], form, tokens, deadline)
                 bandwidth = decode_bytes(self.program.compiled, tokens, CONTEXT + 1) / ms / 1e6
                 tell("the whole step", form, tokens, ms * 1e3, f"{bandwidth / self.read:.1%} of {self.read:.0f} GB/s")
                 if launch:
@@ -485,6 +474,21 @@ class Tuner:
         return sorted(ranked, key=lambda pair: pair[0])
 
     # ---- the whole step ----------------------------------------------------------------------------------------------------
+
+    def in_the_step(self, found: dict, attention: list[tuple], form: str, tokens: int, deadline: float):
+        """As `together`, of the fastest alone in `found`, and then of the chosen ones' variants, whose times are added there."""
+        few = {name: [option for _, option in rows[:FEW]] for name, rows in found.items()}
+        tiles = {f.name: self.used(f, form, tokens) for f in self.contractions}
+        used = {name: next((o for _, o in rows if o.tiles == tiles[name]), rows[0][1]) for name, rows in found.items()}
+        soon = deadline - VARYING * (deadline - time.monotonic())
+        choice, launch, ms = self.together(few, self.agreeing(attention, tokens), tokens, soon, used)
+        varied = self.variants_of(choice, form, tokens, deadline)
+        launches = self.agreeing(self.warm_variants(launch, tokens), tokens)
+        if varied or len(launches) > 1:
+            found |= varied
+            few = {name: [option for _, option in rows] for name, rows in varied.items()}
+            choice, launch, ms = self.together(few, launches, tokens, deadline, choice)
+        return choice, launch, ms
 
     def together(self, few: dict[str, list[Candidate]], attention, tokens: int, deadline: float, used=None):
         """(candidate of each kernel, launch of attention, ms of the step): each kernel's few take turns, twice at most. One takes
