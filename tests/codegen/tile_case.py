@@ -1,5 +1,6 @@
 """One contraction kernel with given tiles, launched by itself: y = x Wᵀ, or, with two leaves, a product of both halves scaled by
-the row's norm; to which another input may be added. Streams that add one also take and leave row reductions."""
+the row's norm, in which its largest element may have a part; to which another input may be added. Streams that add one also take
+and leave row reductions."""
 
 import torch
 
@@ -43,6 +44,13 @@ graph tile
   %z = cast(%q) to="x"
   return %{result}
 """
+TWO_REDUCTIONS = TWO_LEAVES.replace("""
+  %r = rsqrt(%m)
+""", """
+  %t = max(%f) over=("K",)
+  %u = add(%m, %t)
+  %r = rsqrt(%u)
+""")  # of rows whose largest element is above 0
 NEXT = """\
 graph next
   dims T, N={n}, M=64
@@ -63,14 +71,16 @@ PART = 48  # columns of each part of the row reductions that a kernel is given
 
 class Case:
     """One tile and the kernel rendered for it.  reads: whether its epilogue adds an input; a stream then hands on row reductions
-    as well: it is given those of x, and leaves those that NEXT wants of its result."""
+    as well: it is given those of x, and leaves those that NEXT wants of its result.  largest: whether a row's largest element
+    has a part in its norm."""
 
-    def __init__(self, form, n, k, leaves, itemsize, tiles, folder, number, reads=False):
-        self.form, self.n, self.k, self.leaves, self.tiles = form, n, k, leaves, tiles
+    def __init__(self, form, n, k, leaves, itemsize, tiles, folder, number, reads=False, largest=False):
+        self.form, self.n, self.k, self.leaves, self.tiles, self.largest = form, n, k, leaves, tiles, largest
         self.dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
         self.reads = reads
         self.hands = reads and form == "stream"
-        kernel = kernel_of((ONE_LEAF if leaves == 1 else TWO_LEAVES).format(n=n, k=k, both=2 * n, result="z" if reads else "y"))
+        text = ONE_LEAF if leaves == 1 else TWO_REDUCTIONS if largest else TWO_LEAVES
+        kernel = kernel_of(text.format(n=n, k=k, both=2 * n, result="z" if reads else "y"))
         self.name, self.path = f"tile_{number}", folder / f"tile_{number}.py"
         name = str(self.dtype).removeprefix("torch.")
         parts = Contraction(kernel.attrs["body"])
@@ -82,7 +92,8 @@ class Case:
         self.tokens = tiles.tokens - 1 if few else {"gemv": 1, "matmul": 257}[form]  # so that masks matter
 
     def __repr__(self):
-        return f"{self.form} {self.n} x {self.k}, {self.leaves} leaves, {self.tiles}{', reads' if self.reads else ''}"
+        more = ", reads" * self.reads + ", largest" * self.largest
+        return f"{self.form} {self.n} x {self.k}, {self.leaves} leaves, {self.tiles}{more}"
 
     def sizes(self):
         handed = True if self.source.facts["finds"] else None
@@ -111,7 +122,8 @@ class Case:
         partial = torch.full((splits * padded * blocks * (self.leaves * self.tiles.block_n + 1),), float("nan"), device=device)
         arrivals = torch.zeros(height * blocks, dtype=torch.int32, device=device)
         values = {"weight": w, "input": x, "output": out, "partial": partial, "arrivals": arrivals}
-        found = torch.stack([part.square().sum(1) for part in x.float().split(PART, 1)])
+        found = [[part.square().sum(1), part.amax(1)][: 1 + self.largest] for part in x.float().split(PART, 1)]
+        found = torch.stack([torch.stack(part) for part in found])
         left = torch.full((blocks, 2, t), float("nan"), device=device)
         values |= {"x_sums_ptr": found, "out_sums_ptr": left, "h_ptr": h}
         arguments = [next(values[name] for name in (pointer, *role) if name in values)
@@ -138,12 +150,13 @@ def kernel_of(text):
     return next(v for v in fuse(read_graph(text)).walk() if v.op == "kernel")
 
 
-def result(x, w, h, dtype, reads=False):
+def result(x, w, h, dtype, reads=False, largest=False):
     """What the kernel computes, by torch in `dtype`."""
     halves = [x.to(dtype) @ part.to(dtype).T for part in w]
     found = halves[0].double()
     if len(halves) > 1:
-        scale = x.double().pow(2).mean(-1, keepdim=True).rsqrt()
+        norm = x.double().pow(2).mean(-1, keepdim=True)
+        scale = (norm + x.double().amax(-1, keepdim=True) if largest else norm).rsqrt()
         found = ((halves[0] * scale.to(dtype)) * halves[1]).double()
     return (found.to(dtype) + h.to(dtype)).double() if reads else found
 

@@ -71,6 +71,19 @@ def test_every_tile(tmp_path):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("reads", (False, True))
+@pytest.mark.parametrize("tokens, splits", [(8, 1), (16, 2), (32, 1), (64, 2), (128, 1)])
+def test_several_row_reductions(tokens, splits, reads, tmp_path):
+    """Made of the tiles of x as they pass, or found, if the stream reads."""
+    tile = schedule.Stream(tokens, 64, 64, splits, 4, 3)
+    case = Case("stream", 512, 960, 2, 2, tile, tmp_path, 0, reads, largest=True)
+    assert case.source.facts["reductions"] == 2
+    x, w, h = operands(case, "cuda")
+    exact = result(x, w, h, torch.float64, reads, largest=True)
+    theirs = (result(x, w, h, case.dtype, reads, largest=True) - exact).norm()
+    assert (case.run(x, w, h, PDL=True, launch_pdl=True).double() - exact).norm() <= 1.5 * theirs
+
+
 @pytest.mark.parametrize("leaves", (1, 2))
 def test_streams_in_several_waves(leaves, tmp_path):
     """Programs that start while others write their results have reads in flight for long: a place of the ring that is given back
