@@ -296,10 +296,13 @@ def compile_one(module, job: dict) -> Cubin:
     function = getattr(module, job["kernel"])
     at = function.arg_names.index
     constants = {(at(name),): value for name, value in job["constants"].items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i in sorted(map(at, job["aligned"]))}
+    attributes = {at(name): [["tt.divisibility", 16]] for name in job["aligned"]}
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):  # a launch lists constants there too, and asks for that key
+        attributes |= {at(name): [] for name in job["constants"]}
+    attributes = {(i,): attributes[i] for i in sorted(attributes)}
     if function.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
-    source = ASTSource(function, job["signature"], constants, aligned)
+    source = ASTSource(function, job["signature"], constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", job["target"], 32), options=job["options"])
     cubin, ptx = built.asm["cubin"], built.asm["ptx"]
     registers, stack = resources(cubin)

@@ -39,3 +39,15 @@ if INTERPRETED:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = _patch_with_scalars
+
+    # That of Triton 3.9 makes some masks of int32, and then does not take them.
+    def _with_masks(method, at):
+        def called(self, *args):
+            mask = args[at]
+            args = (*args[:at], interpreter.TensorHandle(mask.data.astype(bool), mask.dtype), *args[at + 1 :])
+            return method(self, *args)
+
+        return called
+
+    for _name, _at in (("create_masked_load", 1), ("create_masked_store", 2)):
+        setattr(interpreter.InterpreterBuilder, _name, _with_masks(getattr(interpreter.InterpreterBuilder, _name), _at))
