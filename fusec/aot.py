@@ -296,18 +296,25 @@ def compile_one(module, job: dict) -> Cubin:
     function = getattr(module, job["kernel"])
     at = function.arg_names.index
     constants = {(at(name),): value for name, value in job["constants"].items()}
-    attributes = {at(name): [["tt.divisibility", 16]] for name in job["aligned"]}
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):  # a launch lists constants there too, and asks for that key
-        attributes |= {at(name): [] for name in job["constants"]}
-    attributes = {(i,): attributes[i] for i in sorted(attributes)}
     if function.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
-    source = ASTSource(function, job["signature"], constants, attributes)
+    source = ASTSource(function, job["signature"], constants, attributes(function, job["constants"], job["aligned"]))
     built = triton.compile(source, target=GPUTarget("cuda", job["target"], 32), options=job["options"])
     cubin, ptx = built.asm["cubin"], built.asm["ptx"]
     registers, stack = resources(cubin)
     spills = spilled(ptx) if stack else 0
     return Cubin(cubin, ptx, registers, spills, built.metadata.shared, round(time.perf_counter() - clock, 3))
+
+
+def attributes(function, constants, aligned) -> dict[tuple, list]:
+    """What Triton knows of a launch's arguments, by their place, as it stands in the key of its cache: from 3.7 on the constants
+    are there too, with nothing to tell.  constants, aligned: names of parameters."""
+    import triton
+
+    known = {name: [["tt.divisibility", 16]] for name in aligned}
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
+        known |= {name: [] for name in constants}
+    return {(i,): known[name] for i, name in enumerate(function.arg_names) if name in known}
 
 
 def tool(name: str) -> str:

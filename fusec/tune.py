@@ -244,14 +244,13 @@ class Tuner:
             found.append(Candidate(kind[0], tiles, *files[kind]))
         return found
 
-    def varied(self, option: Candidate) -> list[Candidate]:
-        facts = option.source.facts
-        return [replace(option, tiles=tiles) for tiles in variants(option.tiles, facts["leaves"], facts["reductions"])]
-
     def variants_of(self, choice: dict[str, Candidate], form: str, tokens: int, deadline: float) -> dict:
         """Of each kernel whose chosen tile has variants, that and its variants, measured alone and held to its results."""
-        jobs = [(f, [choice[f.name], *self.varied(choice[f.name])]) for f in self.contractions if f.name in choice]
-        jobs = [(f, options) for f, options in jobs if len(options) > 1]
+        jobs = []
+        for f in (f for f in self.contractions if f.name in choice):
+            option, facts = choice[f.name], choice[f.name].source.facts
+            if others := variants(option.tiles, facts["leaves"], facts["reductions"]):
+                jobs.append((f, [option, *(replace(option, tiles=tiles) for tiles in others)]))
         warming = [[self.pool.submit(warm, self.job(f, option)) for option in options] for f, options in jobs]
         found = {f.name: self.alone(f, form, tokens, options, futures, deadline)
                  for (f, options), futures in zip(jobs, warming, strict=True)}  # fmt: skip
@@ -292,7 +291,7 @@ class Tuner:
     def job(self, function, option: Candidate):
         source = option.source
         launch = next(n for n in self.module.launches if n.function == function.name)
-        facts, variants = source.facts, []
+        facts, calls = source.facts, []
         leaves, reductions = facts["leaves"], facts["reductions"]
         drawings = (NOTHING, self.drawing(1)) if facts["draws"] else (NOTHING,)
         for drawing, handed in itertools.product(drawings, (False, True) if facts["finds"] else (None,)):
@@ -304,9 +303,9 @@ class Tuner:
                 value = pointed(values[pointer.removesuffix("_ptr")])
                 kind = None if value is None else str(value.dtype).removeprefix("torch.")
                 pointers.append((kind, facts["k"], blocks[pointer]) if pointer in blocks else kind)
-            variants.append(([*pointers, *([33] if option.form != "gemv" else []), *([17] if facts["finds"] else [])], sizes))
+            calls.append(([*pointers, *([33] if option.form != "gemv" else []), *([17] if facts["finds"] else [])], sizes))
         options = {**launch_options(option.form, option.tiles, leaves, reductions), "launch_pdl": True}
-        return option.path, option.name, options, variants
+        return option.path, option.name, options, calls
 
     def warm_attention(self, sequences: int) -> list[tuple]:
         """(launch, future of its compilation) of each way to launch decode attention, where a model has one kernel of it."""
@@ -482,6 +481,8 @@ class Tuner:
         used = {name: next((o for _, o in rows if o.tiles == tiles[name]), rows[0][1]) for name, rows in found.items()}
         soon = deadline - VARYING * (deadline - time.monotonic())
         choice, launch, ms = self.together(few, self.agreeing(attention, tokens), tokens, soon, used)
+        if time.monotonic() >= deadline:
+            return choice, launch, ms
         varied = self.variants_of(choice, form, tokens, deadline)
         launches = self.agreeing(self.warm_variants(launch, tokens), tokens)
         if varied or len(launches) > 1:

@@ -1,7 +1,7 @@
 """A program's first start: its kernels are compiled side by side, in processes of their own, while the weights are loaded.
 
-Left to the launches they are compiled one after another, for half a second to a second each: fourteen before the second token
-of the 8B. What is compiled here is what the launches look for in Triton's cache (see fusec.aot).
+Left to the launches they are compiled one after another, for 0.1 to 0.9 s each: fourteen before the second token of the 8B, and
+44 for a prompt of any length. What is compiled here is what the launches look for in Triton's cache (see fusec.aot).
 """
 
 from __future__ import annotations

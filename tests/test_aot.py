@@ -96,11 +96,11 @@ def test_signatures_are_those_of_the_compiler_that_runs_later(compiled, program)
             ours = aot.specialize(function, name, grid, args, named)
             bind = jit.create_function_from_signature(function.signature, function.params, backend)
             bound, special, options = bind(*args, **named)
-            _, signature, constants, attributes = function._pack_args(backend, named, bound, special, options)
+            _, signature, constants, known = function._pack_args(backend, named, bound, special, options)
             at = function.arg_names.index
             assert signature == ours.signature
             assert {path[0]: value for path, value in constants.items()} == {at(n): value for n, value in ours.constants.items()}
-            assert sorted(path[0] for path, each in attributes.items() if each) == sorted(map(at, ours.aligned))
+            assert list(known.items()) == list(aot.attributes(function, ours.constants, ours.aligned).items())  # in that order
             checked.add(name)
 
     real = aot.Recorder

@@ -97,7 +97,7 @@ def with_tile(constants: dict, tile: dict, batch: int, max_context: int, itemsiz
     if constants["PDL"]:  # neighbours may overlap: of one sequence, what its programs need; of more, what the kernels beside have
         wanted = -(-G * parts // multiprocessors) * (shared + SLACK) if batch == 1 else WHOLE
         share = min(100, -(-100 * wanted // WHOLE))
-    return Launch((G, parts), constants, tile["num_warps"], tile["num_stages"], registers, share)
+    return Launch((G, parts), constants, tile["num_warps"], tile["num_stages"], maxnreg=registers, shared=share)
 
 
 def decode_rule(batch: int, max_context: int, *, G: int, R: int, width: int, multiprocessors: int) -> dict[str, int]:

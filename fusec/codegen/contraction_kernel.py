@@ -112,10 +112,11 @@ class ContractionWriter(Writer):
             stream = stream_epilogue(epilogue, late={*ys, *self.given.values()}, segments=len(parts.segments), halves=halves,
                                      bound=parts.n if self.masked_n else None)  # fmt: skip
             early, epilogue = stream.early, stream.lines
-        reducing = ("REDUCERS", "REDUCING", *(["HANDED"] if found else [])) if self.shape.gluon and beside else ()
-        if form == "gemv" and parts.leaves + len(beside) > 1:
-            reducing = ("AT_ONCE",)
-        tiles = (*self.shape.tiles[:-1], *reducing, *(["DRAW"] if self.draws else []), "PDL")
+        several = form == "gemv" and parts.leaves + len(beside) > 1  # things that the threads put together
+        own = ["AT_ONCE"] if several else []
+        if self.shape.gluon and beside:
+            own = ["REDUCERS", "REDUCING", *(["HANDED"] if found else [])]
+        tiles = (*self.shape.tiles[:-1], *own, *(["DRAW"] if self.draws else []), "PDL")
         context = {
             "name": name,
             "signature": define(name, [*names.values(), *(["T"] if self.many else []), *(["parts"] if found else [])], tiles),
@@ -131,6 +132,7 @@ class ContractionWriter(Writer):
             "x": x,
             "operand": operand,
             "beside": beside,
+            "several": several,
             "thin": schedule.padded(max(1, len(beside) ** 2)),
             "found": found,
             "early": early,

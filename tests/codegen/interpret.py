@@ -30,6 +30,7 @@ def run_interpreted(path, only: str = ""):
 
 if INTERPRETED:
     # The interpreter's scalars are arrays of one element, which NumPy 2.4 no longer turns into an int by itself.
+    import triton
     from triton.runtime import interpreter
 
     _patch = interpreter._patch_lang_tensor
@@ -40,14 +41,15 @@ if INTERPRETED:
 
     interpreter._patch_lang_tensor = _patch_with_scalars
 
-    # That of Triton 3.9 makes some masks of int32, and then does not take them.
+    # Since 3.7 or later (3.9 is what was seen) it holds a comparison's result as its operands' type, and some masks as int32,
+    # which it then does not take. That a mask is boolean has been checked before, by the language.
     def _with_masks(method, at):
         def called(self, *args):
-            mask = args[at]
-            args = (*args[:at], interpreter.TensorHandle(mask.data.astype(bool), mask.dtype), *args[at + 1 :])
-            return method(self, *args)
+            mask = interpreter.TensorHandle(args[at].data.astype(bool), args[at].dtype)
+            return method(self, *args[:at], mask, *args[at + 1 :])
 
         return called
 
-    for _name, _at in (("create_masked_load", 1), ("create_masked_store", 2)):
-        setattr(interpreter.InterpreterBuilder, _name, _with_masks(getattr(interpreter.InterpreterBuilder, _name), _at))
+    if not triton.__version__.startswith("3.6."):
+        for _name, _at in (("create_masked_load", 1), ("create_masked_store", 2)):
+            setattr(interpreter.InterpreterBuilder, _name, _with_masks(getattr(interpreter.InterpreterBuilder, _name), _at))

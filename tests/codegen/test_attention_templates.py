@@ -115,7 +115,9 @@ else:
     def test_decode_compiles_without_spills(shape, batch, context):
         launch = decode_launch(batch, context, **SHAPES[shape], page=16, pdl=True)
         code, (registers, spilled, shared) = lab.compile_for(lab.kernel("decode", **lab.SCALE), launch)
-        assert spilled <= (0 if triton.__version__.startswith("3.6") else 64) and shared <= 227 * 1024  # 3.9: 48, of one shape
+        if spilled and (shape, batch) == ("gemma", 1) and not triton.__version__.startswith("3.6."):
+            pytest.xfail(f"Triton {triton.__version__} spills {spilled} bytes a thread, where 3.6 spills none")
+        assert spilled == 0 and shared <= 227 * 1024
         assert begins_early(code)
 
     def begins_early(code):

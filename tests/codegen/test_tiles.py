@@ -27,7 +27,7 @@ if INTERPRETED:
     @pytest.mark.parametrize("at_once", (False, True))
     @pytest.mark.parametrize("block_n", (1, 4))
     def test_one_token_however_it_is_put_together(at_once, block_n, tmp_path):
-        """Two leaves and two row reductions; K is no whole number of blocks, and so are the rows."""
+        """Two leaves and two row reductions; neither K nor the rows are a whole number of blocks."""
         case = Case("gemv", 42, 160, 2, 4, schedule.Gemv(block_n, 64, 4, 1, at_once, 64), tmp_path, 0, largest=True)
         x, w, h = operands(case, "cpu")
         want = result(x, w, h, torch.float64, largest=True)

@@ -38,7 +38,7 @@ def every_row():
                 tile = TILES[form](**entry)
                 yield form, *map(int, shape), tile
                 if form == "gemv":  # what may be chosen beside it
-                    yield form, *map(int, shape), replace(tile, at_once=not tile.at_once, registers=128 - tile.registers)
+                    yield form, *map(int, shape), replace(tile, at_once=not tile.at_once, registers=0 if tile.registers else 64)
     for shape in ((1000, 320, 1), (480, 640, 2), (6144, 4096, 1), (96, 192, 2)):  # in no table: what the rule says of them
         for tile in schedule.stream(*shape):
             yield "stream", *shape, 2, tile
