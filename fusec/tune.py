@@ -30,7 +30,7 @@ from fusec.bench.decode import decode_bytes
 from fusec.bench.limits import capture, microseconds, proven_saving, read_bandwidth, replay_microseconds, turns
 from fusec.codegen import schedule
 from fusec.codegen.attention_schedule import Launch, decode_launch, decode_row
-from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, decode_variants, form_of, tiles_for, variants
+from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, decode_variants, form_of, table_of, tiles_for, variants
 from fusec.codegen.contraction import Contraction
 from fusec.codegen.contraction_kernel import contraction
 from fusec.codegen.module import preamble
@@ -75,7 +75,7 @@ def constants(form: str, tiles, leaves: int, reductions: int, draw: int | None =
         table["BLOCK_M"] = tiles.block_m
     if form in ("skinny", "stream"):
         table["SPLITS"] = tiles.splits
-    if form == "stream":
+    if form in ("stream", "wide"):
         table |= tiles.program(leaves, reductions).constants
     if form == "matmul":
         table["GROUP"] = tiles.group
@@ -84,7 +84,8 @@ def constants(form: str, tiles, leaves: int, reductions: int, draw: int | None =
 
 def launch_options(form: str, tiles, leaves: int, reductions: int) -> dict[str, int]:
     """What Triton is told of a contraction kernel's launch besides its constants."""
-    registers = tiles.program(leaves, reductions).registers if form == "stream" else getattr(tiles, "registers", 0)
+    streams = form in ("stream", "wide")
+    registers = tiles.program(leaves, reductions).registers if streams else getattr(tiles, "registers", 0)
     return {"num_warps": tiles.num_warps} | ({"maxnreg": registers} if registers else {})
 
 
@@ -115,10 +116,12 @@ def pointed(value):
     return value.place if isinstance(value, RowSums) else value
 
 
-def blocks_of(source, sizes: dict) -> dict[str, list[int]]:
-    """What a kernel takes in tiles: pointer -> tile."""
-    names = ("BLOCK_N", "BLOCK_M")
-    return {p: [sizes[n], sizes["BLOCK_K"]] for p, n in zip(source.facts.get("described", ()), names, strict=False)}
+def blocks_of(source, tiles) -> dict[str, list[tuple[int, int]]]:
+    """What a kernel takes in tiles: pointer -> the tiles that it is described in, one argument each."""
+    if not source.facts.get("described"):
+        return {}
+    return {pointer: [(height, tiles.block_k) for height in heights]
+            for pointer, heights in zip(source.facts["described"], (tiles.pieces, (tiles.block_m,)), strict=True)}
 
 
 def warm(job) -> str | None:
@@ -189,7 +192,7 @@ class Tuner:
                 if f.name in choice:
                     parts, tiles = Contraction(f.kernel.attrs["body"]), choice[f.name].tiles
                     shape = (parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
-                    table.setdefault(schedule.key(form_of(tiles), *shape), []).append(table_row(tiles))
+                    table.setdefault(schedule.key(table_of(tiles), *shape), []).append(table_row(tiles))
                     tell(f.name, form, tokens, next(us for us, option in found[f.name] if option is choice[f.name]), tiles)
         self.pool.shutdown(wait=False, cancel_futures=True)
         return table
@@ -231,14 +234,15 @@ class Tuner:
         first, *others = tiles_for(form, *shape, tokens, streams, len(parts.beside)) or [None]
         several = dict.fromkeys([first, self.used(function, form, tokens), *others])  # each once, the one in use among the first
         for tiles in filter(None, several):
-            kind = (form_of(tiles), bool(parts.k % tiles.block_k), bool(parts.n % tiles.block_n))
+            pieces = len(getattr(tiles, "pieces", (0,)))
+            kind = (form_of(tiles), bool(parts.k % tiles.block_k), bool(parts.n % tiles.block_n), pieces)
             if kind not in files:
                 name = f"{function.name}_{kind[0]}"
                 draws = any(s.facts.get("draws") for s in function.sources)
                 hands = self.hands_of(function)
                 source = contraction(function.kernel, name, kind[0], [], self.module.dtype, tiles.block_n, tiles.block_k, parts,
-                                     draws, *hands)  # fmt: skip
-                path = Path(self.folder.name, f"{name}_{tokens}_{kind[1]:d}{kind[2]:d}.py")
+                                     draws, *hands, pieces)  # fmt: skip
+                path = Path(self.folder.name, f"{name}_{tokens}_{kind[1]:d}{kind[2]:d}{pieces}.py")
                 path.write_text(preamble(source.text) + "\n\n" + source.text)
                 files[kind] = (str(path), name, source)
             found.append(Candidate(kind[0], tiles, *files[kind]))
@@ -264,7 +268,7 @@ class Tuner:
 
     def used(self, function, form: str, tokens: int):
         """The tile with which the program launches a kernel for one or a few tokens, by its table or the rule."""
-        forms = ("stream", "skinny") if form == "skinny" and self.program.program.HOPPER else (form,)
+        forms = ("stream", "wide", "skinny") if form == "skinny" and self.program.program.HOPPER else (form,)
         tiles = [t for s in function.sources if s.form in forms and form != "matmul" for t in s.facts["tiles"]]
         found = next((t for t in tiles if form == "gemv" or t.tokens == tokens), None)
         if form == "skinny" and all(t.tokens < tokens for t in tiles):  # the next form has them
@@ -298,11 +302,11 @@ class Tuner:
             values = self.values(function, launch, self.batch(1), drawing)
             draw = values["draw"] if facts["draws"] else None
             sizes = constants(option.form, option.tiles, leaves, reductions, draw, handed) | {"PDL": True}
-            blocks, pointers = blocks_of(source, sizes), []
+            blocks, pointers = blocks_of(source, option.tiles), []
             for pointer in source.roles:
                 value = pointed(values[pointer.removesuffix("_ptr")])
                 kind = None if value is None else str(value.dtype).removeprefix("torch.")
-                pointers.append((kind, facts["k"], blocks[pointer]) if pointer in blocks else kind)
+                pointers += [(kind, facts["k"], block) for block in blocks[pointer]] if pointer in blocks else [kind]
             calls.append(([*pointers, *([33] if option.form != "gemv" else []), *([17] if facts["finds"] else [])], sizes))
         options = {**launch_options(option.form, option.tiles, leaves, reductions), "launch_pdl": True}
         return option.path, option.name, options, calls
@@ -425,13 +429,13 @@ class Tuner:
             grid = (blocks,)
         else:
             grid = (-(-tokens // t.block_m) * blocks, getattr(t, "splits", 1))
-        arguments = [pointed(values[p.removesuffix("_ptr")]) for p in source.roles]
-        for pointer, block in blocks_of(source, sizes).items():
-            at, bound = list(source.roles).index(pointer), None if pointer == source.facts["described"][0] else tokens
-            x = arguments[at][:bound]
-            if bound and source.facts["picked"]:
-                x = self.program.picked(arguments[at], self.batch(tokens))
-            arguments[at] = in_tiles(x, source.facts["k"], *block)
+        arguments, described = [], blocks_of(source, t)
+        for pointer in source.roles:
+            value = pointed(values[pointer.removesuffix("_ptr")])
+            if pointer in described and pointer != source.facts["described"][0]:
+                value = self.program.picked(value, self.batch(tokens)) if source.facts["picked"] else value[:tokens]
+            described_as, k = described.get(pointer), source.facts["k"]
+            arguments += [in_tiles(value, k, *block) for block in described_as] if described_as else [value]
         arguments += [tokens] if option.form != "gemv" else []
         arguments += [found.parts] if found else []
         kernel = getattr(load_kernels(option.path), option.name)

@@ -102,7 +102,7 @@ class TritonProgram:
     @functools.cached_property
     def most_picked(self) -> int:
         """Elements of the largest x that is picked for a stream."""
-        streams = [s.facts for f in self.module.functions for s in f.sources if s.form == "stream" and s.facts["picked"]]
+        streams = [s.facts for f in self.module.functions for s in f.sources if s.facts.get("picked")]
         return max((tile.tokens * facts["k"] for facts in streams for tile in facts["tiles"]), default=0)
 
     def _take(self, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:

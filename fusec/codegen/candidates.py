@@ -26,13 +26,20 @@ def tiles_for(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens: 
         return stream(rows, k, leaves, itemsize, tokens, beside)
     found = {"gemv": gemv, "skinny": skinny, "matmul": matmul}[form](rows, k, leaves, itemsize, tokens)
     if form == "skinny" and streams:
-        found = found[:1] + stream(rows, k, leaves, itemsize, tokens, beside) + found[6::6]
+        streams = wide(rows, k, leaves, itemsize, tokens, beside) + stream(rows, k, leaves, itemsize, tokens, beside)
+        found = found[:1] + streams + found[6::6]
     if form == "skinny" and tokens == max(TOKENS["skinny"]):
         found += [replace(tiles, tokens=2 * tokens) for tiles in matmul(rows, k, leaves, itemsize, tokens)]
     return found
 
 
 def form_of(tiles) -> str:
+    """The form of the kernel that a tile is for: see contraction_kernel.FORMS."""
+    return getattr(tiles, "form", table_of(tiles))
+
+
+def table_of(tiles) -> str:
+    """The form under which a GPU's table has a tile."""
     return type(tiles).__name__.lower()
 
 
@@ -106,6 +113,22 @@ def stream(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
             found += [tile] if tile.program(leaves, beside).fits and tile not in found else []
     found.sort(key=lambda t: (-t.stages * t.block_k * (leaves * t.block_n + tokens), t.block_n != 64, t.splits))
     return found[:MOST_STREAMS]
+
+
+def wide(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
+    """As many rows a tile as make one wave of about as many programs as there are multiprocessors, where streams have no such
+    tile; rings of all shared memory. Fewer than 32 tokens would be multiplied as 64."""
+    found = []
+    even = -(-rows // MULTIPROCESSORS)
+    for n, bk, warps in itertools.product({-(-even // size) * size for size in (8, 16, 32)}, (64, 128), (4, 8)):
+        tile = schedule.Stream(tokens, n, bk, 1, warps, 2)
+        stages = min((SHARED - 4096) // tile.place(leaves), k // bk, 12)
+        tile = replace(tile, stages=stages)
+        whole = itemsize == 2 and not k % bk and tokens >= 32 and 2 <= len(tile.pieces) <= 3 and stages >= 2
+        shared_out = warps == 4 or tile.block_m == 128 or tile.pieces[-1] >= 16  # eight rows a warp at least
+        if whole and shared_out and tile.program(leaves, beside).fits:
+            found.append(tile)
+    return found
 
 
 def matmul(rows, k, leaves, itemsize, tokens) -> list[schedule.Matmul]:

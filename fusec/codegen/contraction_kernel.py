@@ -10,7 +10,7 @@ from . import schedule
 from .contraction import Contraction
 from .expressions import Emitter, Index, coordinates, strip, term
 from .row_sums import Handover
-from .stream_epilogue import by_line, in_gluon, mark, stream_epilogue
+from .stream_epilogue import by_line, in_gluon, mark, stream_epilogue, words
 from .writer import REDUCE, Source, Writer, define, environment, partition, share, tidy
 
 
@@ -42,6 +42,8 @@ FORMS = {
                    scratch=("partial", "arrivals"), axis=0),
     "stream": Form("1)", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS", "STAGES", "PDL"), scratch=("partial", "arrivals"),
                    gluon=True, bounds=("n_0", "n_0 + BLOCK_N - 1"), tokens="t_line", axis=0),
+    "wide": Form("1)", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "STAGES", "PDL"), gluon=True, bounds=("n_0", "n_0 + BLOCK_N - 1"),
+                 tokens="t_line", axis=0),
     "matmul": Form("1)[:, None]", ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "STAGES", "PDL")),
     "stats": Form("1)[:, None]", ("BLOCK_M", "BLOCK_K", "PDL"), multiplies=False, scratch=("stats",), tokens=None),
     "epilogue": Form("1)[:, None]", ("BLOCK_M", "BLOCK_N", "PDL"), multiplies=False, scratch=("product", "stats")),
@@ -53,35 +55,37 @@ DRAWING = ("best", "temperature", "seed_low", "seed_high", "lengths")  # pointer
 
 def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_n: int, block_k: int,
                 parts: Contraction | None = None, draws: bool = False, makes: Handover | None = None,
-                takes: bool = False) -> Source:  # fmt: skip
-    """A contraction kernel in one of its forms: one token ("gemv"), a few ("skinny", or "stream" where there are Hopper's units),
-    many ("matmul"), or what the vendor's matmul leaves to do ("stats", "epilogue").
+                takes: bool = False, pieces: int = 1) -> Source:  # fmt: skip
+    """A contraction kernel in one of its forms: one token ("gemv"), a few ("skinny", or "stream" and "wide" where there are
+    Hopper's units), many ("matmul"), or what the vendor's matmul leaves to do ("stats", "epilogue").
 
     Masks are left out where blocks divide the sizes: block_n and block_k are the least divisible of the tiles that it will be
     launched with.  draws: what it makes are the program's logits, and instead of storing them it may keep each row's best
     token, in the forms for several.  makes: row reductions of its result that it leaves for another kernel, takes: whether it
-    may find its own; both in streams alone.
+    may find its own; both in streams alone, and what is wide leaves none.  pieces: of a tile of what is wide.
     """
     parts = parts or Contraction(kernel.attrs["body"])
-    return ContractionWriter(form, dtype, block_n, block_k, parts, draws, makes, takes).source(name, comment)
+    return ContractionWriter(form, dtype, block_n, block_k, parts, draws, makes, takes, pieces).source(name, comment)
 
 
 class ContractionWriter(Writer):
     """Writes one form of one contraction kernel."""
 
-    def __init__(self, form, dtype, block_n, block_k, parts: Contraction, draws: bool, makes: Handover | None, takes: bool):
+    def __init__(self, form, dtype, block_n, block_k, parts: Contraction, draws: bool, makes: Handover | None, takes: bool,
+                 pieces: int):  # fmt: skip
         super().__init__(parts.body, dtype)
         self.form, self.shape, self.parts = form, FORMS[form], parts
         self.block_n, self.block_k, self.draws = block_n, block_k, draws and FORMS[form].tokens is not None
         self.masked_k, self.masked_n = bool(parts.k % block_k), bool(parts.n % block_n)
-        self.makes = makes if self.shape.gluon and not self.masked_n else None
+        self.pieces = pieces
+        self.makes = makes if form == "stream" and not self.masked_n else None
         self.takes = takes and self.shape.gluon
         self.many = self.shape.many
         self.row = Index("t", ("t_mask",)) if self.many else Index("0")
         self.given: dict[Value, str] = {}  # finished reductions, by name
 
     def source(self, name: str, comment) -> Source:
-        parts, form = self.parts, self.form
+        parts, form, pieces = self.parts, self.form, self.pieces
         weight = None
         if self.shape.multiplies:
             weight = self.params.pointer(parts.matrix.attrs["name"], ("weight", parts.weight))
@@ -109,7 +113,8 @@ class ContractionWriter(Writer):
         if self.shape.gluon:
             weight, x = (names[p] for p in described)
             halves = all(o.dtype == "x" for o in self.body.outputs)
-            stream = stream_epilogue(epilogue, late={*ys, *self.given.values()}, segments=len(parts.segments), halves=halves,
+            early = form == "stream" and len(parts.segments) == 1  # a part that a tile has none of would be loaded for nothing
+            stream = stream_epilogue(epilogue, late={*ys, *self.given.values()}, early=early, halves=halves,
                                      bound=parts.n if self.masked_n else None)  # fmt: skip
             early, epilogue = stream.early, stream.lines
         several = form == "gemv" and parts.leaves + len(beside) > 1  # things that the threads put together
@@ -117,9 +122,14 @@ class ContractionWriter(Writer):
         if self.shape.gluon and beside:
             own = ["REDUCERS", "REDUCING", *(["HANDED"] if found else [])]
         tiles = (*self.shape.tiles[:-1], *own, *(["DRAW"] if self.draws else []), "PDL")
+        taken = [name if name != weight or form != "wide" else f"{name}_{i}"
+                 for name in names.values() for i in range(pieces if name == weight else 1)]  # fmt: skip
         context = {
             "name": name,
-            "signature": define(name, [*names.values(), *(["T"] if self.many else []), *(["parts"] if found else [])], tiles),
+            "pieces": pieces,
+            "draws": self.draws,
+            "late_takes": [name for name in names.values() if name in words(epilogue)],
+            "signature": define(name, [*taken, *(["T"] if self.many else []), *(["parts"] if found else [])], tiles),
             "comment": comment,
             "rows": parts.n,
             "k": parts.k,
@@ -158,6 +168,7 @@ class ContractionWriter(Writer):
             "block_n": self.block_n,
             "block_k": self.block_k,
             "described": described,
+            "pieces": pieces,
             "reductions": len(beside),
             "draws": self.draws,
             "finds": found and found.removesuffix("_ptr"),

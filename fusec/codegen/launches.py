@@ -47,7 +47,7 @@ class Launches:
         return sources, lines, params
 
     def contract(self, kernel):
-        """A launch function that picks the form by the number of tokens: gemv, stream or skinny, matmul, then the vendor's."""
+        """A launch function that picks the form by the number of tokens: gemv, stream, wide or skinny, matmul, then the vendor's."""
         parts = Contraction(kernel.attrs["body"])
         comment = self.source_lines(kernel)
         shape = (parts.n, parts.k, parts.leaves, self.itemsize, self.gpu)
@@ -62,17 +62,19 @@ class Launches:
         if parts.beside and vendor:  # the row reductions, by a kernel of their own
             block_k = min(1024, schedule.padded(parts.k))
             stats = contraction(kernel, "kernel_stats", "stats", comment, self.dtype, 1, block_k, parts)
-        if streams:
-            plan.insert(1, ("stream", streams))
+        kinds = dict.fromkeys((t.form, len(t.pieces)) for t in streams)
+        plan[1:1] = [(form, tuple(t for t in streams if (t.form, len(t.pieces)) == (form, n))) for form, n in sorted(kinds)]
         sources, lines, reached = [], [], 0
         for form, tiles in plan:
             block_n = max((t.block_n for t in tiles), key=lambda size: parts.n % size)
             block_k = max((t.block_k for t in tiles), key=lambda size: parts.k % size)
-            source = contraction(kernel, f"kernel_{form}", form, comment, self.dtype, block_n, block_k, parts, draws, *hands)
+            pieces = len(tiles[0].pieces) if form in ("stream", "wide") else 1
+            name = f"kernel_{form}_{pieces}" if form == "wide" else f"kernel_{form}"
+            source = contraction(kernel, name, form, comment, self.dtype, block_n, block_k, parts, draws, *hands, pieces)
             source.facts["tiles"] = tiles
             sources.append(source)
             for t in tiles:
-                if form == "stream":
+                if form in ("stream", "wide"):
                     lines.append(f"elif HOPPER and {t.least} <= {rows} <= {t.tokens}:")
                     lines += indent(self.launch(source, parts, rows, t))
                     if left := source.facts["leaves_sums"]:
@@ -116,13 +118,15 @@ class Launches:
             sums = max(1, len(parts.beside)) * tokens * blocks
             self.partial = max(self.partial, t.splits * (parts.leaves * blocks * t.block_n * tokens + sums))
             self.arrivals = max(self.arrivals, tokens // t.block_m * blocks)
-        constants["SPLITS"], registers = t.splits, 0
-        if source.form == "stream":
-            program = t.program(parts.leaves, source.facts["reductions"])
+        if source.form != "wide":
+            grid, constants["SPLITS"] = f"{grid[:-2]}, {t.splits})", t.splits
+        registers, pieces = 0, ()
+        if source.form in ("stream", "wide"):
+            program, pieces = t.program(parts.leaves, source.facts["reductions"]), t.pieces
             registers, constants = program.registers, constants | program.constants
             if found := source.facts["finds"]:
                 constants["HANDED"] = f"{found}.parts > 0{' and b.every' if source.facts['picked'] else ''}"
-        return self.call(source, f"{grid[:-2]}, {t.splits})", rows, constants, t.num_warps, registers)
+        return self.call(source, grid, rows, constants, t.num_warps, registers, pieces)
 
     def vendor(self, kernel, parts: Contraction, rows: str, comment, stats: Source | None, draws: bool):
         """(sources, lines): the vendor's matmul, and what surrounds it. A sum with one stored value is the matmul's own."""
@@ -207,19 +211,22 @@ class Launches:
         return sources, lines, params
 
     def call(
-        self, source: Source, grid: str, tokens: str | None, constants: dict, warps: int, registers: int = 0
-    ) -> list[str]:
+        self, source: Source, grid: str, tokens: str | None, constants: dict, warps: int, registers: int = 0,
+        pieces: tuple[int, ...] = (),
+    ) -> list[str]:  # fmt: skip
         """A launch. What a Gluon kernel takes tile by tile is described to the bulk copy engine.  registers: a thread's, at
-        most, or 0."""
+        most, or 0.  pieces: rows of what it takes a tile of weights in."""
         pointers, described = [], source.facts.get("described", ())
         for pointer in source.roles:
             name = pointer.removesuffix("_ptr")
             if pointer in described:
-                block = constants["BLOCK_N"] if pointer == described[0] else constants["BLOCK_M"]
+                heights = pieces if pointer == described[0] else (constants["BLOCK_M"],)
                 if pointer != described[0]:
                     picked = source.facts["picked"]
                     name = f"m.picked({name}, b)" if picked else f"{name}[:{tokens}]"
-                name = f"tiles({name}, {source.facts['k']}, {block}, {constants['BLOCK_K']})"
+                sizes = f"{source.facts['k']}, {{}}, {constants['BLOCK_K']}"
+                pointers += [f"tiles({name}, {sizes.format(height)})" for height in heights]
+                continue
             pointers.append(f"{name}.place" if source.roles[pointer][0] == "sums" else name)
         found = source.facts.get("finds")
         arguments = ", ".join([*pointers, *([tokens] if tokens else []), *([f"{found}.parts"] if found else [])])

@@ -142,7 +142,7 @@ class Builder:
             label = unique(self.names, free(kernel.attrs["name"]))
             function = Function(label, [p for p, _ in params], [], [], kernel)
             for source in sources:
-                final = f"{label}_{source.form}" if len(sources) > 1 else label
+                final = label + source.name.removeprefix("kernel") if len(sources) > 1 else label
                 helpers = re.findall(rf"def ({source.name}_\w+)\(", source.text)
                 source.text = rename(source.text, source.name, final)
                 for helper in helpers:

@@ -52,7 +52,10 @@ class Skinny:
 @dataclass(frozen=True)
 class Stream:
     """A few tokens on a Hopper GPU, up to `tokens`, which is the tile's width too: rows and columns of a tile of weights,
-    programs that share a tile's K, warps that multiply, places in the ring."""
+    programs that share a tile's K, warps that multiply, places in the ring.
+
+    The tensor cores take 64 of one operand at once and any eight of the other: rows of weights here and tokens there. Rows that
+    are no power of two are for tokens as the 64 (the form "wide"), in pieces that are."""
 
     tokens: int
     block_n: int
@@ -62,13 +65,26 @@ class Stream:
     stages: int
 
     @property
+    def pieces(self) -> tuple[int, ...]:
+        """The powers of two that the rows of a tile are multiplied in, the largest first."""
+        return tuple(1 << bit for bit in reversed(range(self.block_n.bit_length())) if self.block_n >> bit & 1)
+
+    @property
+    def form(self) -> str:
+        return "stream" if len(self.pieces) == 1 else "wide"
+
+    @property
     def block_m(self) -> int:
-        return self.tokens
+        return self.tokens if self.form == "stream" else max(64, self.tokens)
 
     @property
     def least(self) -> int:
         """The fewest tokens it is for: fewer have a narrower tile. Of 8 and 16, that of 8 is asked first where there is one."""
         return 2 if self.tokens <= 16 else self.tokens // 2 + 1
+
+    def place(self, leaves: int) -> int:
+        """Bytes of a place of the ring."""
+        return (leaves * self.block_n + self.block_m) * self.block_k * 2
 
     def accumulators(self, leaves: int) -> int:
         """float32 numbers of a thread that multiplies."""
@@ -77,7 +93,7 @@ class Stream:
     def program(self, leaves: int, reductions: int) -> StreamProgram:
         """What one of its programs consists of: no more registers than it needs, so that a neighbouring kernel finds room beside
         this one, and few enough for as many programs as there is shared memory for."""
-        ring = self.stages * (leaves * self.block_n + self.block_m) * self.block_k * 2
+        ring = self.stages * self.place(leaves)
         rooms = max(1, min(4, SHARED // (ring + 2048)))
         found = [StreamProgram(self, leaves, reductions, reducers, rooms) for reducers in ((4, 2) if reductions else (0,))]
         return next((p for p in found if p.registers * p.warps * 32 * rooms <= REGISTERS), found[0])
@@ -121,7 +137,8 @@ class StreamProgram:
         """A thread's, before the warps share them out."""
         t = self.tile
         wanted = (t.accumulators(self.leaves) + t.block_m + 64) * t.num_warps + self.lent
-        one = t.block_m // 2 + 32  # what an instruction needs that multiplies 64 rows
+        width = t.block_m if t.form == "stream" else t.pieces[0]
+        one = width // 2 + 32  # what an instruction needs that multiplies 64 of one operand by so many of the other
         return max(min(-(-wanted // self.warps) + 7, REGISTERS // (32 * self.warps * self.rooms)), one + 7) // 8 * 8
 
     @property

@@ -41,10 +41,10 @@ def by_line(text: str) -> str:
     return f"‹{text}›"
 
 
-def stream_epilogue(lines: list[str], *, late: set[str], segments: int, halves: bool, bound: int | None) -> StreamEpilogue:
+def stream_epilogue(lines: list[str], *, late: set[str], early: bool, halves: bool, bound: int | None) -> StreamEpilogue:
     """lines: of the epilogue, from its products to its stores, as the other templates have them.  late: names that are there only
-    after the products.  segments: of its rows.  halves: whether all that is stored has 16 bits.  bound: the number of rows, where
-    tiles do not divide it."""
+    after the products.  early: whether what is read may be loaded before them.  halves: whether all that is stored has 16 bits.
+    bound: the number of rows, where tiles do not divide it."""
     lines = [in_gluon(line) for line in lines]
     # A value that is read, or an index that is computed with, lies as the addresses do; a slot is an address itself.
     reads = feeds(lines) or any("gl.load(" in line and "gl.load(slots_ptr " not in line for line in lines)
@@ -53,21 +53,21 @@ def stream_epilogue(lines: list[str], *, late: set[str], segments: int, halves: 
     lines = [in_a_line(re.sub(r"(gl\.store\((\w+).*)«(.*)»", rf"\1{stored}", line)) for line in lines]
     lines = [re.sub("‹(.*)›", rf"gl.convert_layout(\1, gl.SliceLayout(0, {'Z' if turn else 'Y'}))", line) for line in lines]
     places = indices("Z" if turn else "Y", bound)
-    if not reads or segments > 1:
+    if not reads or not early:
         return StreamEpilogue(turn, [], [], tidy([*places, *lines]))
-    early, lines = partition(share(lines), late)
+    before, lines = partition(share(lines), late)
     made: set[str] = set()  # what is loaded, or computed from what is loaded
-    for line in early:
+    for line in before:
         if "gl.load(" in line or made & words([line]):
             made.add(assigned(line))
-    lines = tidy([*places, *(line for line in early if assigned(line) not in made), *lines])
-    loaded = [name for name in map(assigned, early) if name in made & words(lines)]
-    for i, line in enumerate(early):  # what waits, waits as it was loaded
+    lines = tidy([*places, *(line for line in before if assigned(line) not in made), *lines])
+    loaded = [name for name in map(assigned, before) if name in made & words(lines)]
+    for i, line in enumerate(before):  # what waits, waits as it was loaded
         name = assigned(line)
-        if name in loaded and line.startswith(f"{name} = gl.load(") and line.endswith(WIDE) and name not in words(early[i + 1 :]):
-            early[i] = line.removesuffix(WIDE)
+        if name in loaded and line.startswith(f"{name} = gl.load(") and line.endswith(WIDE) and name not in words(before[i + 1 :]):
+            before[i] = line.removesuffix(WIDE)
             lines.insert(0, f"{name} = {name}{WIDE}")
-    return StreamEpilogue(turn, tidy([*places, *early], *loaded), loaded, lines)
+    return StreamEpilogue(turn, tidy([*places, *before], *loaded), loaded, lines)
 
 
 def feeds(lines: list[str]) -> bool:

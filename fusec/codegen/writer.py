@@ -97,7 +97,8 @@ RESERVED = (
     "libdevice",
     "blocks_m",
     "blocks_n",
-    *(f"{letter}{i}" for letter in ("w", "y", "acc") for i in range(9)),
+    *(f"{letter}{i}" for letter in ("w", "y", "acc", "w_ring_") for i in range(9)),
+    *(f"y{leaf}_{piece}" for leaf in range(9) for piece in range(3)),
 )
 # reduction -> (identity, one more element, the whole tile along an axis)
 REDUCE = {

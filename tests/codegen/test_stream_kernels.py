@@ -11,9 +11,9 @@ from fusec.codegen.stream_epilogue import stream_epilogue
 ADDRESS = "t.to(tl.int64) * 48 + n"
 
 
-def lines_of(*lines, segments=1, halves=True, bound=None, leaves=1):
+def lines_of(*lines, early=True, halves=True, bound=None, leaves=1):
     late = {f"y{i}" for i in range(leaves)} | {"mean"}
-    return stream_epilogue(list(lines), late=late, segments=segments, halves=halves, bound=bound)
+    return stream_epilogue(list(lines), late=late, early=early, halves=halves, bound=bound)
 
 
 def test_what_the_epilogue_reads_is_loaded_before_the_products_as_it_is_stored():
@@ -60,9 +60,9 @@ def test_an_index_that_is_computed_with_lies_as_the_addresses_do():
     assert lines_of("i_k = n % 8", f"tl.store(out_ptr + {ADDRESS} + i_k, «y0», mask=t_mask)").turn == "stored"
 
 
-def test_loads_of_several_segments_stay_where_they_are():
+def test_loads_of_several_segments_or_pieces_stay_where_they_are():
     found = lines_of("if n_0 < 16:", "    c = tl.load(c_ptr + t * 8 + n, mask=t_mask, other=0)",
-                     f"    tl.store(out_ptr + {ADDRESS}, «y0 * c», mask=t_mask)", segments=2)
+                     f"    tl.store(out_ptr + {ADDRESS}, «y0 * c», mask=t_mask)", early=False)
     assert found.turn == "products" and not found.early and not found.loaded
 
 
@@ -77,12 +77,16 @@ KINDS = [  # rows, leaves, reads, tile
     (512, 2, False, schedule.Stream(32, 16, 128, 1, 4, 3)),
     (512, 2, True, schedule.Stream(128, 64, 64, 2, 8, 3)),
     (1024, 1, True, schedule.Stream(128, 128, 64, 1, 4, 3)),
+    (480, 1, True, schedule.Stream(32, 24, 64, 1, 4, 3)),  # in two pieces
+    (480, 2, False, schedule.Stream(64, 112, 128, 1, 4, 2)),  # in three
+    (672, 2, True, schedule.Stream(64, 112, 64, 1, 8, 3)),
+    (672, 2, True, schedule.Stream(128, 112, 64, 1, 8, 3)),
 ]
 
 
 @pytest.mark.parametrize("rows, leaves, reads, tile", KINDS)
 def test_every_kind_compiles(rows, leaves, reads, tile, tmp_path):
-    case = Case("stream", rows, 640, leaves, 2, tile, tmp_path, f"{rows}_{tile.tokens}_{tile.block_n}", reads)
+    case = Case(tile.form, rows, 640, leaves, 2, tile, tmp_path, f"{rows}_{tile.tokens}_{tile.block_n}", reads)
     path, name, options, [(arguments, sizes)] = case.job()
     kernels = tune.load_kernels(path)
     values = [tune.argument(a) if not isinstance(a, str) else torch.empty(1, dtype=getattr(torch, a), device="meta")
@@ -92,4 +96,4 @@ def test_every_kind_compiles(rows, leaves, reads, tile, tmp_path):
            "options": variant.options, "target": 90}
     cubin = aot.compile_one(kernels, job)
     stacked = leaves == 2 and reads and tile.block_n == 32 and tile.block_k == 64
-    assert cubin.spills <= 64 and ("wgmma.mma_async" in cubin.ptx) == (tile.block_n >= 64 or stacked)
+    assert cubin.spills <= 64 and ("wgmma.mma_async" in cubin.ptx) == (tile.block_n >= 64 or stacked or tile.form == "wide")

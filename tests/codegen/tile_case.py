@@ -78,7 +78,7 @@ class Case:
         self.form, self.n, self.k, self.leaves, self.tiles, self.largest = form, n, k, leaves, tiles, largest
         self.dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
         self.reads = reads
-        self.hands = reads and form == "stream"
+        self.hands = reads and form in ("stream", "wide")
         text = ONE_LEAF if leaves == 1 else TWO_REDUCTIONS if largest else TWO_LEAVES
         kernel = kernel_of(text.format(n=n, k=k, both=2 * n, result="z" if reads else "y"))
         self.name, self.path = f"tile_{number}", folder / f"tile_{number}.py"
@@ -86,9 +86,10 @@ class Case:
         parts = Contraction(kernel.attrs["body"])
         reader = Contraction(kernel_of(NEXT.format(n=n)).attrs["body"])
         hands = (Handover(reader, ()), leaves > 1) if self.hands else (None, False)
-        self.source = contraction(kernel, self.name, form, [], name, tiles.block_n, tiles.block_k, parts, False, *hands)
+        pieces = len(tiles.pieces) if form == "wide" else 1
+        self.source = contraction(kernel, self.name, form, [], name, tiles.block_n, tiles.block_k, parts, False, *hands, pieces)
         self.path.write_text(preamble(self.source.text) + "\n\n" + self.source.text)
-        few = form in ("skinny", "stream")
+        few = form in ("skinny", "stream", "wide")
         self.tokens = tiles.tokens - 1 if few else {"gemv": 1, "matmul": 257}[form]  # so that masks matter
 
     def __repr__(self):
@@ -105,10 +106,10 @@ class Case:
     def job(self):
         kinds = {"weight": self.dtype, "input": self.dtype, "output": self.dtype, "sums": torch.float32}
         scratch = {"partial": "float32", "arrivals": "int32"}
-        blocks, pointers = tune.blocks_of(self.source, self.sizes()), []
+        blocks, pointers = tune.blocks_of(self.source, self.tiles), []
         for pointer, role in self.source.roles.items():
             kind = str(kinds.get(role[0], scratch.get(role[-1]))).removeprefix("torch.")
-            pointers.append((kind, self.k, blocks[pointer]) if pointer in blocks else kind)
+            pointers += [(kind, self.k, block) for block in blocks[pointer]] if pointer in blocks else [kind]
         arguments = [*pointers, *([33] if self.form != "gemv" else []), *([17] if self.source.facts["finds"] else [])]
         options = {**self.options(), "launch_pdl": True}
         return str(self.path), self.name, options, [(arguments, self.sizes() | {"PDL": True})]
@@ -126,11 +127,10 @@ class Case:
         found = torch.stack([torch.stack(part) for part in found])
         left = torch.full((blocks, 2, t), float("nan"), device=device)
         values |= {"x_sums_ptr": found, "out_sums_ptr": left, "h_ptr": h}
-        arguments = [next(values[name] for name in (pointer, *role) if name in values)
-                     for pointer, role in self.source.roles.items()]
-        for pointer, block in tune.blocks_of(self.source, self.sizes()).items():
-            at = list(self.source.roles).index(pointer)
-            arguments[at] = tiles(arguments[at], self.k, *block)
+        arguments, described = [], tune.blocks_of(self.source, self.tiles)
+        for pointer, role in self.source.roles.items():
+            value = next(values[name] for name in (pointer, *role) if name in values)
+            arguments += [tiles(value, self.k, *block) for block in described[pointer]] if pointer in described else [value]
         grid = {"gemv": (blocks,), "matmul": (height * blocks,)}.get(self.form, (height * blocks, splits))
         arguments += [t] if self.form != "gemv" else []
         arguments += [len(found)] if self.source.facts["finds"] else []

@@ -18,6 +18,7 @@ from tile_case import Case, operands, result
 import fusec.codegen
 from fusec import tune
 from fusec.codegen import schedule
+from fusec.codegen.candidates import form_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -36,7 +37,7 @@ def every_row():
             form, *shape = key.split()
             for entry in entries if form in TILES else ():
                 tile = TILES[form](**entry)
-                yield form, *map(int, shape), tile
+                yield form_of(tile), *map(int, shape), tile
                 if form == "gemv":  # what may be chosen beside it
                     yield form, *map(int, shape), replace(tile, at_once=not tile.at_once, registers=0 if tile.registers else 64)
     for shape in ((1000, 320, 1), (480, 640, 2), (6144, 4096, 1), (96, 192, 2)):  # in no table: what the rule says of them
@@ -44,11 +45,13 @@ def every_row():
             yield "stream", *shape, 2, tile
     for tokens, splits in itertools.product((8, 16, 32, 64, 128), (1, 2, 3)):  # two leaves one below the other
         yield "stream", 480, 640, 2, 2, schedule.Stream(tokens, 32, 64, splits, 4 if tokens < 128 else 8, 3)
+    for tokens, leaves, rows in itertools.product((32, 64, 128), (1, 2), (24, 112)):  # in pieces
+        yield "wide", 480, 640, leaves, 2, schedule.Stream(tokens, rows, 64, 1, 8 if tokens == 128 else 4, 3)
 
 
 def test_every_tile(tmp_path):
     """Streams also with an epilogue that reads, which turns their products before it."""
-    every = [(row, reads) for row in rows() for reads in ((False, True) if row[0] == "stream" else (False,))]
+    every = [(row, reads) for row in rows() for reads in ((False, True) if row[0] in ("stream", "wide") else (False,))]
     cases = [Case(*row, tmp_path, number, reads) for number, (row, reads) in enumerate(every)]
     assert cases
     cases.sort(key=lambda case: (case.n, case.k, case.leaves, case.tokens, case.reads))
