@@ -1372,6 +1372,193 @@ def gate_up_proj_stream(gate_up_proj_tiles, x_tiles, x_sums_ptr, out_ptr, partia
             (y1 * rsqrt)).to(out_ptr.dtype.element_ty), Z), mask=t_mask)
 
 
+@gluon.jit
+def gate_up_proj_wide_3_weights(gate_up_proj_tiles_0, gate_up_proj_tiles_1, gate_up_proj_tiles_2, w_ring_0, w_ring_1,
+                                w_ring_2, ready, n_0, step, place, ROWS_0: gl.constexpr, ROWS_1: gl.constexpr,
+                                BLOCK_K: gl.constexpr):
+    ROWS: gl.constexpr = 14336
+    LEAVES: gl.constexpr = 2
+    for leaf in gl.static_range(LEAVES):
+        row = leaf * ROWS + n_0
+        async_load(gate_up_proj_tiles_0, [row, step * BLOCK_K], ready.index(place),
+                w_ring_0.index(place * LEAVES + leaf))
+        async_load(gate_up_proj_tiles_1, [row + ROWS_0, step * BLOCK_K], ready.index(place),
+                w_ring_1.index(place * LEAVES + leaf))
+        async_load(gate_up_proj_tiles_2, [row + ROWS_0 + ROWS_1, step * BLOCK_K], ready.index(place),
+                w_ring_2.index(place * LEAVES + leaf))
+
+
+@gluon.jit
+def gate_up_proj_wide_3_copies(gate_up_proj_tiles_0, gate_up_proj_tiles_1, gate_up_proj_tiles_2, x_tiles, w_ring_0,
+                               w_ring_1, w_ring_2, x_ring, ready, done, n_0, t_0, ROWS_0: gl.constexpr,
+                               ROWS_1: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+                               BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):
+    # One warp: every place of the rings is filled as soon as it may be.
+    STEPS: gl.constexpr = 4096 // BLOCK_K
+    BYTES: gl.constexpr = (2 * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    for stage in gl.static_range(STAGES):  # weights never change, and need not wait for the kernel before
+        mbarrier.expect(ready.index(stage), BYTES)
+        gate_up_proj_wide_3_weights(gate_up_proj_tiles_0, gate_up_proj_tiles_1, gate_up_proj_tiles_2, w_ring_0,
+                w_ring_1, w_ring_2, ready, n_0, stage, stage, ROWS_0, ROWS_1, BLOCK_K)
+    if PDL:
+        gdc_wait()
+    for stage in gl.static_range(STAGES):
+        async_load(x_tiles, [t_0, stage * BLOCK_K], ready.index(stage), x_ring.index(stage))
+    for step in range(STAGES, STEPS):
+        place = step % STAGES
+        mbarrier.wait(done.index(place), step // STAGES - 1 & 1)
+        mbarrier.expect(ready.index(place), BYTES)
+        gate_up_proj_wide_3_weights(gate_up_proj_tiles_0, gate_up_proj_tiles_1, gate_up_proj_tiles_2, w_ring_0,
+                w_ring_1, w_ring_2, ready, n_0, step, place, ROWS_0, ROWS_1, BLOCK_K)
+        async_load(x_tiles, [t_0, step * BLOCK_K], ready.index(place), x_ring.index(place))
+
+
+@gluon.jit
+def gate_up_proj_wide_3_products(w_ring_0, w_ring_1, w_ring_2, x_ring, ready, done, ROWS_0: gl.constexpr,
+                                 ROWS_1: gl.constexpr, ROWS_2: gl.constexpr, BLOCK_M: gl.constexpr,
+                                 BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
+    # The other warps: the products of all steps.
+    STEPS: gl.constexpr = 4096 // BLOCK_K
+    TALL: gl.constexpr = min(gl.num_warps(), BLOCK_M // 16)  # warps side by side along the tokens
+    BESIDE: gl.constexpr = gl.num_warps() // TALL
+    Y_0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, BESIDE], [16, ROWS_0 // BESIDE, 16])
+    Y_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, BESIDE], [16, ROWS_1 // BESIDE, 16])
+    Y_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [TALL, BESIDE], [16, ROWS_2 // BESIDE, 16])
+    y0_0 = warpgroup_mma_init(gl.zeros([BLOCK_M, ROWS_0], gl.float32, Y_0))
+    y1_0 = warpgroup_mma_init(gl.zeros([BLOCK_M, ROWS_0], gl.float32, Y_0))
+    y0_1 = warpgroup_mma_init(gl.zeros([BLOCK_M, ROWS_1], gl.float32, Y_1))
+    y1_1 = warpgroup_mma_init(gl.zeros([BLOCK_M, ROWS_1], gl.float32, Y_1))
+    y0_2 = warpgroup_mma_init(gl.zeros([BLOCK_M, ROWS_2], gl.float32, Y_2))
+    y1_2 = warpgroup_mma_init(gl.zeros([BLOCK_M, ROWS_2], gl.float32, Y_2))
+    for step in range(STEPS):
+        place = step % STAGES
+        mbarrier.wait(ready.index(place), step // STAGES & 1)
+        x_tile = x_ring.index(place)
+        y0_0 = warpgroup_mma(x_tile, w_ring_0.index(place * 2).permute((1, 0)), y0_0, is_async=True)
+        y1_0 = warpgroup_mma(x_tile, w_ring_0.index(place * 2 + 1).permute((1, 0)), y1_0, is_async=True)
+        y0_1 = warpgroup_mma(x_tile, w_ring_1.index(place * 2).permute((1, 0)), y0_1, is_async=True)
+        y1_1 = warpgroup_mma(x_tile, w_ring_1.index(place * 2 + 1).permute((1, 0)), y1_1, is_async=True)
+        y0_2 = warpgroup_mma(x_tile, w_ring_2.index(place * 2).permute((1, 0)), y0_2, is_async=True)
+        y1_2 = warpgroup_mma(x_tile, w_ring_2.index(place * 2 + 1).permute((1, 0)), y1_2, is_async=True)
+        y0_0, y1_0, y0_1, y1_1, y0_2, y1_2 = warpgroup_mma_wait(6, deps=(y0_0, y1_0, y0_1, y1_1, y0_2, y1_2))
+        y0_0 = warpgroup_mma_init(y0_0)
+        y1_0 = warpgroup_mma_init(y1_0)
+        y0_1 = warpgroup_mma_init(y0_1)
+        y1_1 = warpgroup_mma_init(y1_1)
+        y0_2 = warpgroup_mma_init(y0_2)
+        y1_2 = warpgroup_mma_init(y1_2)
+        # Now every warp has what it wanted of the step before: its products are done, or had to wait for what they read.
+        mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)
+    return warpgroup_mma_wait(0, deps=(y0_0, y1_0, y0_1, y1_1, y0_2, y1_2))
+
+
+@gluon.jit
+def gate_up_proj_wide_3_reductions(x_sums_ptr, parts, t_0, T, x_ring, row_sums, ready, done, steps,
+                                   BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+                                   HANDED: gl.constexpr, PDL: gl.constexpr):
+    # Warps of their own: the row reductions. Each thread keeps what it has seen, and they are put together at the end.
+    WARPS: gl.constexpr = gl.num_warps()
+    if HANDED:  # the kernel that stored x has left them, in parts
+        LANES: gl.constexpr = min(32, BLOCK_M)  # tokens side by side in a warp, and WIDE warps side by side
+        WIDE: gl.constexpr = min(WARPS, BLOCK_M // LANES)
+        TOKENS: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS // WIDE, WIDE], [1, 0])
+        HEIGHT: gl.constexpr = min(64, (512 if BLOCK_M <= 32 else 256) * WARPS // BLOCK_M)  # parts at a time: 16 or 8 a thread
+        part = gl.arange(0, HEIGHT, gl.SliceLayout(1, TOKENS))[:, None]
+        t = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, TOKENS))[None, :]
+        t_mask = t < T
+        mean = gl.full([HEIGHT, BLOCK_M], 0.0, gl.float32, TOKENS)
+        if PDL:
+            gdc_wait()
+        for first in range(0, parts, HEIGHT):
+            there = (first + part < parts) & t_mask
+            mean_part = gl.load(x_sums_ptr + (first + part) * T + t, mask=there, other=0.0, cache_modifier=".cg")
+            mean = mean + mean_part
+        row_sums.index(0).store(gl.sum(mean, 0))
+    else:
+        X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+        EIGHTS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 8], [4, 8, 1], [WARPS, 1, 1], [2, 1, 0]))
+        mean_k = gl.full([BLOCK_M, BLOCK_K // 8], 0.0, gl.float32, EIGHTS)
+        for step in range(steps):
+            place = step % STAGES
+            mbarrier.wait(ready.index(place), step // STAGES & 1)
+            x_seen = x_ring.index(place).load(X).to(gl.float32)
+            mbarrier.arrive(done.index((step + STAGES - 1) % STAGES), pred=step > 0)  # what it read before has arrived
+            mean_k = mean_k + gl.convert_layout(gl.sum((x_seen * x_seen).reshape([BLOCK_M, BLOCK_K // 8, 8]), 2),
+                    EIGHTS)
+        row_sums.index(0).store(gl.sum(mean_k, 1))
+
+
+@gluon.jit
+def gate_up_proj_wide_3_results(y0, y1, row_sums, out_ptr, n_0, t_0, T, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    # What is made of a piece, which has BLOCK_N rows from n_0 on.
+    WARPS: gl.constexpr = gl.num_warps()
+    y0 = y0.permute((1, 0))
+    y1 = y1.permute((1, 0))
+    Y: gl.constexpr = y0.type.layout
+    # What is read and written beside the products: eight neighbours along n a thread.
+    Z: gl.constexpr = gl.BlockedLayout([8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, WARPS], [0, 1])
+    mean = row_sums.index(0).load(gl.SliceLayout(0, Y))[None, :] / 4096
+    t_line = t_0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, Z))
+    t = t_line[None, :]
+    t_mask = t < T
+    n = n_0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, Z))[:, None]
+    v = mean + 1e-05
+    rsqrt = gl.rsqrt(v)
+    v_2 = y0 * rsqrt
+    gl.store(out_ptr + t.to(gl.int64) * 14336 + n, gl.convert_layout(((v_2 * (1 / (1 + gl.exp(-v_2)))) *
+            (y1 * rsqrt)).to(out_ptr.dtype.element_ty), Z), mask=t_mask)
+
+
+@gluon.jit(do_not_specialize=["T", "parts"])
+def gate_up_proj_wide_3(gate_up_proj_tiles_0, gate_up_proj_tiles_1, gate_up_proj_tiles_2, x_tiles, x_sums_ptr, out_ptr,
+                        T, parts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                        STAGES: tl.constexpr, REDUCERS: tl.constexpr, REDUCING: tl.constexpr, HANDED: tl.constexpr,
+                        PDL: tl.constexpr):
+    # llama.fuse:37   down_proj(silu(gate_proj(x)) * up_proj(x))
+    # llama.fuse:46   h + mlp(post_attention_layernorm(h))
+    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
+    LEAVES: gl.constexpr = 2
+    BLOCKS_N: gl.constexpr = (14336 + BLOCK_N - 1) // BLOCK_N
+    ROWS_0: gl.constexpr = triton.next_power_of_2(BLOCK_N + 1) // 2
+    ROWS_1: gl.constexpr = triton.next_power_of_2(BLOCK_N - ROWS_0 + 1) // 2
+    ROWS_2: gl.constexpr = BLOCK_N - ROWS_0 - ROWS_1
+    if PDL:
+        gdc_launch_dependents()
+    tile = gl.program_id(0)
+    n_0 = tile % BLOCKS_N * BLOCK_N
+    t_0 = tile // BLOCKS_N * BLOCK_M
+    w_ring_0 = gl.allocate_shared_memory(gate_up_proj_tiles_0.dtype, [STAGES * LEAVES, ROWS_0, BLOCK_K],
+            gate_up_proj_tiles_0.layout)
+    w_ring_1 = gl.allocate_shared_memory(gate_up_proj_tiles_1.dtype, [STAGES * LEAVES, ROWS_1, BLOCK_K],
+            gate_up_proj_tiles_1.layout)
+    w_ring_2 = gl.allocate_shared_memory(gate_up_proj_tiles_2.dtype, [STAGES * LEAVES, ROWS_2, BLOCK_K],
+            gate_up_proj_tiles_2.layout)
+    x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, BLOCK_M, BLOCK_K], x_tiles.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(done.index(stage), count=1 if HANDED else 2)
+    fence_async_shared()
+    row_sums = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    steps = 4096 // BLOCK_K
+    y0_0, y1_0, y0_1, y1_1, y0_2, y1_2 = gl.warp_specialize([
+        (gate_up_proj_wide_3_products, (w_ring_0, w_ring_1, w_ring_2, x_ring, ready, done, ROWS_0, ROWS_1, ROWS_2,
+        BLOCK_M, BLOCK_K, STAGES)),
+        (gate_up_proj_wide_3_copies, (
+            gate_up_proj_tiles_0, gate_up_proj_tiles_1, gate_up_proj_tiles_2, x_tiles, w_ring_0, w_ring_1, w_ring_2,
+            x_ring, ready, done, n_0, t_0,
+            ROWS_0, ROWS_1, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PDL)),
+        (gate_up_proj_wide_3_reductions, (x_sums_ptr, parts, t_0, T, x_ring, row_sums, ready, done, steps, BLOCK_M,
+        BLOCK_K, STAGES, HANDED, PDL)),
+    ], [1, REDUCERS], [40, REDUCING])
+    if PDL:
+        gdc_wait()  # for what the epilogue reads, and before it writes
+    gate_up_proj_wide_3_results(y0_0, y1_0, row_sums, out_ptr, n_0, t_0, T, BLOCK_M, ROWS_0)
+    gate_up_proj_wide_3_results(y0_1, y1_1, row_sums, out_ptr, n_0 + ROWS_0, t_0, T, BLOCK_M, ROWS_1)
+    gate_up_proj_wide_3_results(y0_2, y1_2, row_sums, out_ptr, n_0 + ROWS_0 + ROWS_1, t_0, T, BLOCK_M, ROWS_2)
+
+
 @triton.jit(do_not_specialize=["T"])
 def gate_up_proj_skinny(gate_up_proj_ptr, x_ptr, out_ptr, partial_ptr, arrivals_ptr, T, BLOCK_M: tl.constexpr,
                         BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,

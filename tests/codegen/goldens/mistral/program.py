@@ -193,24 +193,24 @@ def gate_up_proj(m, T, gate_up_proj, x, out, x_sums, partial, arrivals):
             x_sums.parts,
             BLOCK_M=16, BLOCK_N=64, BLOCK_K=256, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=4, maxnreg=64, launch_pdl=PDL)
-    elif HOPPER and 17 <= T <= 32:
-        kernels.gate_up_proj_stream[(triton.cdiv(T, 32) * triton.cdiv(14336, 128), 1)](
-            tiles(gate_up_proj, 4096, 128, 128), tiles(x[:T], 4096, 32, 128), x_sums.place, out, partial, arrivals, T,
-            x_sums.parts,
-            BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, STAGES=3, SPLITS=1, REDUCERS=4, REDUCING=48, HANDED=x_sums.parts > 0,
-            PDL=PDL, num_warps=8, maxnreg=88, launch_pdl=PDL)
-    elif HOPPER and 33 <= T <= 64:
-        kernels.gate_up_proj_stream[(triton.cdiv(T, 64) * triton.cdiv(14336, 64), 1)](
-            tiles(gate_up_proj, 4096, 64, 128), tiles(x[:T], 4096, 64, 128), x_sums.place, out, partial, arrivals, T,
-            x_sums.parts,
-            BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, STAGES=2, SPLITS=1, REDUCERS=4, REDUCING=56, HANDED=x_sums.parts > 0,
-            PDL=PDL, num_warps=4, maxnreg=80, launch_pdl=PDL)
     elif HOPPER and 65 <= T <= 128:
         kernels.gate_up_proj_stream[(triton.cdiv(T, 128) * triton.cdiv(14336, 128), 1)](
             tiles(gate_up_proj, 4096, 128, 64), tiles(x[:T], 4096, 128, 64), x_sums.place, out, partial, arrivals, T,
             x_sums.parts,
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=4, SPLITS=1, REDUCERS=4, REDUCING=56, HANDED=x_sums.parts > 0,
             PDL=PDL, num_warps=8, maxnreg=128, launch_pdl=PDL)
+    elif HOPPER and 17 <= T <= 32:
+        kernels.gate_up_proj_wide_3[(triton.cdiv(T, 64) * triton.cdiv(14336, 112),)](
+            tiles(gate_up_proj, 4096, 64, 128), tiles(gate_up_proj, 4096, 32, 128), tiles(gate_up_proj, 4096, 16, 128),
+            tiles(x[:T], 4096, 64, 128), x_sums.place, out, T, x_sums.parts,
+            BLOCK_M=64, BLOCK_N=112, BLOCK_K=128, STAGES=3, REDUCERS=4, REDUCING=56, HANDED=x_sums.parts > 0,
+            PDL=PDL, num_warps=4, maxnreg=112, launch_pdl=PDL)
+    elif HOPPER and 33 <= T <= 64:
+        kernels.gate_up_proj_wide_3[(triton.cdiv(T, 64) * triton.cdiv(14336, 112),)](
+            tiles(gate_up_proj, 4096, 64, 128), tiles(gate_up_proj, 4096, 32, 128), tiles(gate_up_proj, 4096, 16, 128),
+            tiles(x[:T], 4096, 64, 128), x_sums.place, out, T, x_sums.parts,
+            BLOCK_M=64, BLOCK_N=112, BLOCK_K=128, STAGES=3, REDUCERS=4, REDUCING=56, HANDED=x_sums.parts > 0,
+            PDL=PDL, num_warps=4, maxnreg=112, launch_pdl=PDL)
     elif T <= 16:
         kernels.gate_up_proj_skinny[(triton.cdiv(T, 16) * triton.cdiv(14336, 64), 1)](
             gate_up_proj, x, out, partial, arrivals, T,
