@@ -91,13 +91,13 @@ def kernel_lines(compiled, launch, step, bandwidth) -> list[str]:
 
 
 def handed_on(function) -> list[str]:
-    """Which row reductions its stream leaves for the next one, or finds: see codegen/row_sums.py."""
-    stream = next((s.facts for s in function.sources if s.form == "stream"), None)
-    if not stream:
-        return []
-    where = f"as a stream (on Hopper, 2 to {max(t.tokens for t in stream['tiles'])} tokens)"
-    leaves = wrapped("leaves", f"row reductions of each tile that it stores, {where}") if stream["leaves_sums"] else []
-    return leaves + (wrapped("finds", f"its row reductions where x was stored, {where}") if stream["finds"] else [])
+    """Which row reductions it leaves for the next one, or finds, as a stream: see codegen/row_sums.py."""
+    lines = []
+    for what, fact, done in (("leaves", "leaves_sums", "row reductions of each tile that it stores"),
+                             ("finds", "finds", "its row reductions where x was stored")):  # fmt: skip
+        tokens = [t.tokens for s in function.sources if s.facts.get(fact) for t in s.facts["tiles"]]
+        lines += wrapped(what, f"{done}, as a stream (on Hopper, 2 to {max(tokens)} tokens)") if tokens else []
+    return lines
 
 
 def what_it_computes(kernel: Value, name: str) -> str:

@@ -47,7 +47,7 @@ class Launches:
         return sources, lines, params
 
     def contract(self, kernel):
-        """A launch function that picks the form by the number of tokens: gemv, stream, wide or skinny, matmul, then the vendor's."""
+        """A launch function that picks the form by the number of tokens: one, a few, many, or so many that they are the vendor's."""
         parts = Contraction(kernel.attrs["body"])
         comment = self.source_lines(kernel)
         shape = (parts.n, parts.k, parts.leaves, self.itemsize, self.gpu)

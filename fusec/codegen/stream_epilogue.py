@@ -64,7 +64,8 @@ def stream_epilogue(lines: list[str], *, late: set[str], early: bool, halves: bo
     loaded = [name for name in map(assigned, before) if name in made & words(lines)]
     for i, line in enumerate(before):  # what waits, waits as it was loaded
         name = assigned(line)
-        if name in loaded and line.startswith(f"{name} = gl.load(") and line.endswith(WIDE) and name not in words(before[i + 1 :]):
+        alone = name in loaded and name not in words(before[i + 1 :])
+        if alone and line.startswith(f"{name} = gl.load(") and line.endswith(WIDE):
             before[i] = line.removesuffix(WIDE)
             lines.insert(0, f"{name} = {name}{WIDE}")
     return StreamEpilogue(turn, tidy([*places, *before], *loaded), loaded, lines)

@@ -1,14 +1,18 @@
 """What may stream, what decode attention may make itself, and that kernels which differ in either are told apart."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+from fusec import aot
 from fusec.bench.shapes import MODELS
+from fusec.codegen import schedule
+from fusec.codegen.schedule import Stream
 from fusec.compiler import compile
-from fusec.runtime.triton_program import TritonProgram
+from fusec.runtime.triton_program import TritonProgram, load_folder
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 QWEN = MODELS["qwen3-0.6b"] | {"num_hidden_layers": 2}
@@ -76,6 +80,25 @@ def test_the_head_streams_the_rows_it_wants():
     assert stream.facts["picked"] == "rows" and "rows_ptr" not in stream.roles
     most = TritonProgram.most_picked.func(SimpleNamespace(module=module))
     assert most == 1024 * max(tile.tokens for tile in stream.facts["tiles"])
+
+
+def test_any_kernel_may_be_wide(monkeypatch, tmp_path):
+    """In any number of pieces, whatever its epilogue reads, and where tokens are drawn. It leaves no row reductions: whoever
+    wants them makes them."""
+    tiles = [Stream(32, 24, 64, 1, 4, 4), Stream(64, 112, 64, 1, 4, 6)]
+    shapes = ("1536 1024 2", "1024 2048 1", "1024 1024 2", "1024 1024 1")
+    table = {f"stream {shape} 2": [asdict(tile) for tile in tiles] for shape in shapes}
+    monkeypatch.setattr(schedule, "table", lambda gpu: table)
+    compiled = compile(EXAMPLES / "llama.fuse", LLAMA | {"vocab_size": 1024, "tie_word_embeddings": False})
+    module = compiled.module
+    wide = [s for f in module.functions for s in f.sources if s.form == "wide"]
+    assert len({s.name for s in wide}) == len(wide) == 2 * 5 and not any(s.facts["leaves_sums"] for s in wide)
+    (tmp_path / "kernels.py").write_text(module.kernels_py)
+    (tmp_path / "program.py").write_text(module.program_py)
+    variants = [v for v in aot.record(compiled, load_folder(tmp_path), "sm_90") if "_wide_" in v.kernel]
+    assert {v.kernel for v in variants} == {s.name for s in wide}
+    cubins = aot.compile_all(variants, tmp_path / "kernels.py", target="sm_90")
+    assert all(cubin.spills <= 64 and "wgmma.mma_async" in cubin.ptx for cubin in cubins)
 
 
 def test_picked_rows_lie_one_after_another():

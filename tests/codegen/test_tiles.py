@@ -103,6 +103,17 @@ else:
         assert several.shared == 100  # as the kernels beside it
         assert decode_launch(1, 1024, **heads).shared is None  # where nothing overlaps, the driver knows best
 
+    def test_wide_tiles_make_one_wave():
+        """In pieces that the tensor cores take; of shapes that streams give each multiprocessor a tile of, there are none."""
+        found = candidates.wide(14336, 4096, 2, 2, 64, 1)
+        assert {(t.block_n, t.pieces, t.form, t.block_m) for t in found} == {(112, (64, 32, 16), "wide", 64)}
+        assert all(t.stages * t.place(2) < schedule.SHARED for t in found) and set(found) <= set(
+            candidates.tiles_for("skinny", 14336, 4096, 2, 2, 64, streams=True))  # fmt: skip
+        assert {t.block_m for t in candidates.wide(14336, 4096, 2, 2, 128, 1)} == {128}
+        assert not candidates.wide(14336, 4096, 2, 2, 16, 1) and not candidates.wide(8192, 2048, 2, 2, 64, 1)
+        stream = schedule.Stream(32, 64, 64, 1, 4, 3)
+        assert (stream.pieces, stream.form, stream.block_m) == ((64,), "stream", 32)
+
     @pytest.mark.parametrize("reductions", (0, 1, 2))
     @pytest.mark.parametrize("leaves", (1, 2, 4))
     def test_streams_leave_registers_for_as_many_programs_as_there_is_memory_for(leaves, reductions):
