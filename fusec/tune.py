@@ -30,7 +30,7 @@ from fusec.bench.decode import decode_bytes
 from fusec.bench.limits import capture, microseconds, proven_saving, read_bandwidth, replay_microseconds, turns
 from fusec.codegen import schedule
 from fusec.codegen.attention_schedule import Launch, decode_launch, decode_row
-from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, decode_variants, form_of, table_of, tiles_for, variants
+from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, decode_variants, tiles_for, variants
 from fusec.codegen.contraction import Contraction
 from fusec.codegen.contraction_kernel import contraction
 from fusec.codegen.module import preamble
@@ -63,30 +63,11 @@ class Candidate:
     source: object = field(compare=False, repr=False)
 
 
-def constants(form: str, tiles, leaves: int, reductions: int, draw: int | None = None, handed: bool | None = None) -> dict:
+def constants(tiles, leaves: int, reductions: int, draw: int | None = None, handed: bool | None = None) -> dict:
     """A contraction kernel's launch constants.  reductions: how many a row it makes.  draw: the mode, where it may draw.
     handed: whether it finds its row reductions, where it may."""
-    table = {"DRAW": draw, "HANDED": handed}
-    table = {name: value for name, value in table.items() if value is not None}
-    table |= {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "STAGES": tiles.stages}
-    if form == "gemv":
-        table |= tiles.constants(leaves, reductions)
-    else:
-        table["BLOCK_M"] = tiles.block_m
-    if form in ("skinny", "stream"):
-        table["SPLITS"] = tiles.splits
-    if form in ("stream", "wide"):
-        table |= tiles.program(leaves, reductions).constants
-    if form == "matmul":
-        table["GROUP"] = tiles.group
-    return table
-
-
-def launch_options(form: str, tiles, leaves: int, reductions: int) -> dict[str, int]:
-    """What Triton is told of a contraction kernel's launch besides its constants."""
-    streams = form in ("stream", "wide")
-    registers = tiles.program(leaves, reductions).registers if streams else getattr(tiles, "registers", 0)
-    return {"num_warps": tiles.num_warps} | ({"maxnreg": registers} if registers else {})
+    own = {"DRAW": draw, "HANDED": handed}
+    return {name: value for name, value in own.items() if value is not None} | tiles.constants(leaves, reductions)
 
 
 def table_row(tiles) -> dict:
@@ -192,7 +173,7 @@ class Tuner:
                 if f.name in choice:
                     parts, tiles = Contraction(f.kernel.attrs["body"]), choice[f.name].tiles
                     shape = (parts.n, parts.k, parts.leaves, self.program.dtype.itemsize)
-                    table.setdefault(schedule.key(table_of(tiles), *shape), []).append(table_row(tiles))
+                    table.setdefault(schedule.key(tiles.table, *shape), []).append(table_row(tiles))
                     tell(f.name, form, tokens, next(us for us, option in found[f.name] if option is choice[f.name]), tiles)
         self.pool.shutdown(wait=False, cancel_futures=True)
         return table
@@ -234,8 +215,8 @@ class Tuner:
         first, *others = tiles_for(form, *shape, tokens, streams, len(parts.beside)) or [None]
         several = dict.fromkeys([first, self.used(function, form, tokens), *others])  # each once, the one in use among the first
         for tiles in filter(None, several):
-            pieces = len(getattr(tiles, "pieces", (0,)))
-            kind = (form_of(tiles), bool(parts.k % tiles.block_k), bool(parts.n % tiles.block_n), pieces)
+            pieces = len(tiles.pieces)
+            kind = (tiles.form, bool(parts.k % tiles.block_k), bool(parts.n % tiles.block_n), pieces)
             if kind not in files:
                 name = f"{function.name}_{kind[0]}"
                 draws = any(s.facts.get("draws") for s in function.sources)
@@ -301,14 +282,14 @@ class Tuner:
         for drawing, handed in itertools.product(drawings, (False, True) if facts["finds"] else (None,)):
             values = self.values(function, launch, self.batch(1), drawing)
             draw = values["draw"] if facts["draws"] else None
-            sizes = constants(option.form, option.tiles, leaves, reductions, draw, handed) | {"PDL": True}
+            sizes = constants(option.tiles, leaves, reductions, draw, handed) | {"PDL": True}
             blocks, pointers = blocks_of(source, option.tiles), []
             for pointer in source.roles:
                 value = pointed(values[pointer.removesuffix("_ptr")])
                 kind = None if value is None else str(value.dtype).removeprefix("torch.")
                 pointers += [(kind, facts["k"], block) for block in blocks[pointer]] if pointer in blocks else [kind]
             calls.append(([*pointers, *([33] if option.form != "gemv" else []), *([17] if facts["finds"] else [])], sizes))
-        options = {**launch_options(option.form, option.tiles, leaves, reductions), "launch_pdl": True}
+        options = option.tiles.options(leaves, reductions) | {"launch_pdl": True}
         return option.path, option.name, options, calls
 
     def warm_attention(self, sequences: int) -> list[tuple]:
@@ -423,7 +404,7 @@ class Tuner:
         leaves, reductions = source.facts["leaves"], source.facts["reductions"]
         found = values[source.facts["finds"]] if source.facts["finds"] else None
         draw = values["draw"] if source.facts["draws"] else None
-        sizes = constants(option.form, t, leaves, reductions, draw, found and found.parts > 0)
+        sizes = constants(t, leaves, reductions, draw, found and found.parts > 0)
         blocks = -(-source.facts["rows"] // t.block_n)
         if option.form == "gemv":
             grid = (blocks,)
@@ -439,7 +420,7 @@ class Tuner:
         arguments += [tokens] if option.form != "gemv" else []
         arguments += [found.parts] if found else []
         kernel = getattr(load_kernels(option.path), option.name)
-        kernel[grid](*arguments, **sizes, PDL=True, **launch_options(option.form, t, leaves, reductions), launch_pdl=True)
+        kernel[grid](*arguments, **sizes, PDL=True, **t.options(leaves, reductions), launch_pdl=True)
         for left in {s.facts.get("leaves_sums") for s in function.sources} - {None}:
             values[left].parts = blocks if source.facts["leaves_sums"] else 0
 

@@ -33,16 +33,6 @@ def tiles_for(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens: 
     return found
 
 
-def form_of(tiles) -> str:
-    """The form of the kernel that a tile is for: see contraction_kernel.FORMS."""
-    return getattr(tiles, "form", table_of(tiles))
-
-
-def table_of(tiles) -> str:
-    """The form under which a GPU's table has a tile."""
-    return type(tiles).__name__.lower()
-
-
 def gemv(rows, k, leaves, itemsize, tokens) -> list[schedule.Gemv]:
     found = []
     for n, bk, warps, stages in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (2, 4, 8), (1, 3)):
@@ -56,7 +46,7 @@ def gemv(rows, k, leaves, itemsize, tokens) -> list[schedule.Gemv]:
 def variants(tile, leaves: int, beside: int) -> list:
     """A tile's own, to be tried where it is among the fastest: for one token how results are put together, and limits on
     registers, which decide how many programs share a multiprocessor and how many loads each has under way."""
-    if form_of(tile) != "gemv":
+    if tile.form != "gemv":
         return []
     ways = (False, True) if leaves + beside > 1 else (False,)
     found = [replace(tile, at_once=way, registers=limit) for way in ways for limit in (0, 64, 96, 128)]

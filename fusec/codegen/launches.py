@@ -47,14 +47,16 @@ class Launches:
         return sources, lines, params
 
     def contract(self, kernel):
-        """A launch function that picks the form by the number of tokens: one, a few, many, or so many that they are the vendor's."""
+        """A launch function that picks the form by the number of tokens: one, a few, many, or enough for the vendor's."""
         parts = Contraction(kernel.attrs["body"])
         comment = self.source_lines(kernel)
         shape = (parts.n, parts.k, parts.leaves, self.itemsize, self.gpu)
         rows = COUNTS[parts.row_dim]
         vendor = schedule.vendor_from(*shape) if parts.x.op == "input" else None
-        plan = [("gemv", (schedule.gemv(*shape),)), ("skinny", schedule.skinny(*shape)), ("matmul", schedule.matmul(*shape))]
         streams = schedule.stream(*shape) if parts.streams else ()
+        kinds = sorted({(t.form, len(t.pieces)) for t in streams})
+        plan = [(schedule.gemv(*shape),), *(tuple(t for t in streams if (t.form, len(t.pieces)) == kind) for kind in kinds),
+                schedule.skinny(*shape), schedule.matmul(*shape)]  # fmt: skip
         draws = kernel is self.result and parts.makes_logits
         hands = self.handovers.makes.get(kernel), kernel in self.handovers.takes
         self.draws |= draws
@@ -62,19 +64,17 @@ class Launches:
         if parts.beside and vendor:  # the row reductions, by a kernel of their own
             block_k = min(1024, schedule.padded(parts.k))
             stats = contraction(kernel, "kernel_stats", "stats", comment, self.dtype, 1, block_k, parts)
-        kinds = dict.fromkeys((t.form, len(t.pieces)) for t in streams)
-        plan[1:1] = [(form, tuple(t for t in streams if (t.form, len(t.pieces)) == (form, n))) for form, n in sorted(kinds)]
         sources, lines, reached = [], [], 0
-        for form, tiles in plan:
+        for tiles in filter(None, plan):
+            form, pieces = tiles[0].form, len(tiles[0].pieces)
             block_n = max((t.block_n for t in tiles), key=lambda size: parts.n % size)
             block_k = max((t.block_k for t in tiles), key=lambda size: parts.k % size)
-            pieces = len(tiles[0].pieces) if form in ("stream", "wide") else 1
             name = f"kernel_{form}_{pieces}" if form == "wide" else f"kernel_{form}"
             source = contraction(kernel, name, form, comment, self.dtype, block_n, block_k, parts, draws, *hands, pieces)
             source.facts["tiles"] = tiles
             sources.append(source)
             for t in tiles:
-                if form in ("stream", "wide"):
+                if tiles[0] in streams:
                     lines.append(f"elif HOPPER and {t.least} <= {rows} <= {t.tokens}:")
                     lines += indent(self.launch(source, parts, rows, t))
                     if left := source.facts["leaves_sums"]:
@@ -104,29 +104,22 @@ class Launches:
     def launch(self, source: Source, parts: Contraction, rows: str, t) -> list[str]:
         """One launch of a contraction kernel with tiles `t`."""
         blocks = f"triton.cdiv({parts.n}, {t.block_n})"
-        constants = {"BLOCK_N": t.block_n, "BLOCK_K": t.block_k, "STAGES": t.stages}
+        shape = parts.leaves, len(parts.beside)
+        constants, options = t.constants(*shape), t.options(*shape)
         if source.form == "gemv":
-            constants |= t.constants(parts.leaves, len(parts.beside))
-            return self.call(source, f"({blocks},)", None, constants, t.num_warps, t.registers)
-        constants = {"BLOCK_M": t.block_m} | constants
-        grid = f"(triton.cdiv({rows}, {t.block_m}) * {blocks},)"
-        if source.form == "matmul":
-            return self.call(source, grid, rows, constants | {"GROUP": t.group}, t.num_warps)
-        if t.splits > 1:
+            return self.call(source, f"({blocks},)", None, constants, options)
+        grid = f"triton.cdiv({rows}, {t.block_m}) * {blocks},"
+        if "SPLITS" in constants:
+            grid += f" {t.splits}"
+        if constants.get("SPLITS", 1) > 1:
             tokens = -(-t.tokens // t.block_m) * t.block_m
             blocks = -(-parts.n // t.block_n)
             sums = max(1, len(parts.beside)) * tokens * blocks
             self.partial = max(self.partial, t.splits * (parts.leaves * blocks * t.block_n * tokens + sums))
             self.arrivals = max(self.arrivals, tokens // t.block_m * blocks)
-        if source.form != "wide":
-            grid, constants["SPLITS"] = f"{grid[:-2]}, {t.splits})", t.splits
-        registers, pieces = 0, ()
-        if source.form in ("stream", "wide"):
-            program, pieces = t.program(parts.leaves, source.facts["reductions"]), t.pieces
-            registers, constants = program.registers, constants | program.constants
-            if found := source.facts["finds"]:
-                constants["HANDED"] = f"{found}.parts > 0{' and b.every' if source.facts['picked'] else ''}"
-        return self.call(source, grid, rows, constants, t.num_warps, registers, pieces)
+        if found := source.facts["finds"]:
+            constants["HANDED"] = f"{found}.parts > 0{' and b.every' if source.facts['picked'] else ''}"
+        return self.call(source, f"({grid})", rows, constants, options, t.pieces)
 
     def vendor(self, kernel, parts: Contraction, rows: str, comment, stats: Source | None, draws: bool):
         """(sources, lines): the vendor's matmul, and what surrounds it. A sum with one stored value is the matmul's own."""
@@ -139,11 +132,11 @@ class Launches:
         if stats:
             lines += [f"stats = m.stats({rows}, {len(parts.beside)})"]
             tiles = {"BLOCK_M": 4, "BLOCK_K": stats.facts["block_k"]}
-            lines += self.call(stats, f"(triton.cdiv({rows}, 4),)", rows, tiles, 4)
+            lines += self.call(stats, f"(triton.cdiv({rows}, 4),)", rows, tiles, {"num_warps": 4})
         block_n = min(256, schedule.padded(parts.n))
         tail = contraction(kernel, "kernel_epilogue", "epilogue", comment, self.dtype, block_n, 1, parts, draws)
         grid = f"(triton.cdiv({rows}, 8) * triton.cdiv({parts.n}, {block_n}),)"
-        lines += self.call(tail, grid, rows, {"BLOCK_M": 8, "BLOCK_N": block_n}, 4)
+        lines += self.call(tail, grid, rows, {"BLOCK_M": 8, "BLOCK_N": block_n}, {"num_warps": 4})
         return [tail], lines
 
     def rows(self, kernel):
@@ -154,7 +147,7 @@ class Launches:
         source.facts["tiles"] = {"BLOCK_M": block_m, "num_warps": warps}
         tokens = COUNTS[f["row_dim"]]
         blocks = [f"triton.cdiv({tokens}{f' * {n}' if n > 1 else ''}, {block_m})" for n in f["repeats"]]
-        lines = self.call(source, f"({' + '.join(blocks)},)", tokens, {"BLOCK_M": block_m}, warps)
+        lines = self.call(source, f"({' + '.join(blocks)},)", tokens, {"BLOCK_M": block_m}, {"num_warps": warps})
         batch = [("b", ("batch",))] if kernel.attrs.get("inlined") else []
         if batch:
             lines = ["if b.max_query == 1:", "    return  # decode attention makes them itself", *lines]
@@ -210,12 +203,10 @@ class Launches:
             lines += ["    share_memory(kernel, launch.shared)"] if form == "decode" else []
         return sources, lines, params
 
-    def call(
-        self, source: Source, grid: str, tokens: str | None, constants: dict, warps: int, registers: int = 0,
-        pieces: tuple[int, ...] = (),
-    ) -> list[str]:  # fmt: skip
-        """A launch. What a Gluon kernel takes tile by tile is described to the bulk copy engine.  registers: a thread's, at
-        most, or 0.  pieces: rows of what it takes a tile of weights in."""
+    def call(self, source: Source, grid: str, tokens: str | None, constants: dict, options: dict,
+             pieces: tuple[int, ...] = ()) -> list[str]:  # fmt: skip
+        """A launch. What a Gluon kernel takes tile by tile is described to the bulk copy engine.  options: what Triton is told
+        besides.  pieces: rows of what it takes a tile of weights in."""
         pointers, described = [], source.facts.get("described", ())
         for pointer in source.roles:
             name = pointer.removesuffix("_ptr")
@@ -234,9 +225,10 @@ class Launches:
             constants = constants | {"DRAW": "draw"}
         sizes = ", ".join(f"{k}={v}" for k, v in constants.items())
         lines, early = [f"kernels.{source.name}[{grid}](", f"    {arguments},"], "PDL" if self.begun else "False"
-        if registers:
-            return [*lines, f"    {sizes},", f"    PDL=PDL, num_warps={warps}, maxnreg={registers}, launch_pdl={early})"]
-        return [*lines, f"    {sizes}, PDL=PDL, num_warps={warps}, launch_pdl={early})"]
+        told = ", ".join(f"{k}={v}" for k, v in options.items()) + f", launch_pdl={early})"
+        if "maxnreg" in options:
+            return [*lines, f"    {sizes},", f"    PDL=PDL, {told}"]
+        return [*lines, f"    {sizes}, PDL=PDL, {told}"]
 
     def heads(self, kernel, a, params) -> dict:
         """What a row kernel makes of the heads, as a function that decode attention calls: its text, what it takes, and what the

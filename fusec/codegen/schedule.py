@@ -11,12 +11,37 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 DEFAULT = "nvidia_h200"  # the table of a GPU that has none of its own
 
 
+class Tile:
+    """How one template is launched.  form: of the kernel that it is for (see contraction_kernel.FORMS)."""
+
+    form: ClassVar[str]
+
+    @property
+    def table(self) -> str:
+        """What its rows stand under in a GPU's table."""
+        return type(self).__name__.lower()
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """The rows of a tile of weights, as a kernel takes them."""
+        return (self.block_n,)
+
+    def constants(self, leaves: int, reductions: int) -> dict[str, int | bool]:
+        """Launch constants of a kernel with so many leaves, that makes so many row reductions."""
+        return {name.upper(): getattr(self, name) for name in ("block_m", "block_n", "block_k", "stages") if hasattr(self, name)}
+
+    def options(self, leaves: int, reductions: int) -> dict[str, int]:
+        """What Triton is told besides."""
+        return {"num_warps": self.num_warps}
+
+
 @dataclass(frozen=True)
-class Gemv:
+class Gemv(Tile):
     """One token: rows and columns of a tile, warps a program, loads in flight.
 
     at_once: whether what the threads have of all leaves and row reductions is put together in one go. They meet less often, and
@@ -24,6 +49,7 @@ class Gemv:
     registers: a thread's, at most; 0 leaves it to the compiler, which may delay loads to save some. With a limit it takes what
     serves one program best, and fewer programs find room on a multiprocessor."""
 
+    form = "gemv"
     block_n: int
     block_k: int
     num_warps: int
@@ -31,15 +57,19 @@ class Gemv:
     at_once: bool = False
     registers: int = 0
 
-    def constants(self, leaves: int, reductions: int) -> dict[str, bool]:
-        """Launch constants of a kernel that has several things to put together."""
-        return {"AT_ONCE": self.at_once} if leaves + reductions > 1 else {}
+    def constants(self, leaves: int, reductions: int) -> dict[str, int | bool]:
+        several = leaves + reductions > 1  # things to put together
+        return super().constants(leaves, reductions) | ({"AT_ONCE": self.at_once} if several else {})
+
+    def options(self, leaves: int, reductions: int) -> dict[str, int]:
+        return super().options(leaves, reductions) | ({"maxnreg": self.registers} if self.registers else {})
 
 
 @dataclass(frozen=True)
-class Skinny:
+class Skinny(Tile):
     """A few tokens, up to `tokens`: tiles of tokens, rows and columns, programs that share a tile's K."""
 
+    form = "skinny"
     tokens: int
     block_m: int
     block_n: int
@@ -48,9 +78,12 @@ class Skinny:
     num_warps: int
     stages: int
 
+    def constants(self, leaves: int, reductions: int) -> dict[str, int]:
+        return super().constants(leaves, reductions) | {"SPLITS": self.splits}
+
 
 @dataclass(frozen=True)
-class Stream:
+class Stream(Tile):
     """A few tokens on a Hopper GPU, up to `tokens`, which is the tile's width too: rows and columns of a tile of weights,
     programs that share a tile's K, warps that multiply, places in the ring.
 
@@ -85,6 +118,15 @@ class Stream:
     def place(self, leaves: int) -> int:
         """Bytes of a place of the ring."""
         return (leaves * self.block_n + self.block_m) * self.block_k * 2
+
+    def constants(self, leaves: int, reductions: int) -> dict[str, int]:
+        splits = {"SPLITS": self.splits} if self.form == "stream" else {}
+        program = self.program(leaves, reductions)
+        reducers = {"REDUCERS": program.reducers, "REDUCING": program.reducing} if program.reducers else {}
+        return super().constants(leaves, reductions) | splits | reducers
+
+    def options(self, leaves: int, reductions: int) -> dict[str, int]:
+        return super().options(leaves, reductions) | {"maxnreg": self.program(leaves, reductions).registers}
 
     def accumulators(self, leaves: int) -> int:
         """float32 numbers of a thread that multiplies."""
@@ -148,17 +190,13 @@ class StreamProgram:
         left = self.registers * self.warps - self.lent
         return self.tile.accumulators(self.leaves) + 56 <= min(255, left // self.tile.num_warps)
 
-    @property
-    def constants(self) -> dict[str, int]:
-        """Launch constants of a kernel that makes row reductions."""
-        return {"REDUCERS": self.reducers, "REDUCING": self.reducing} if self.reducers else {}
-
 
 @dataclass(frozen=True)
-class Matmul:
+class Matmul(Tile):
     """Many tokens: tiles of tokens, rows and columns; blocks of tokens that share weights in L2. tokens: up to how many
     (None: any)."""
 
+    form = "matmul"
     tokens: int | None
     block_m: int
     block_n: int
@@ -166,6 +204,9 @@ class Matmul:
     group: int
     num_warps: int
     stages: int
+
+    def constants(self, leaves: int, reductions: int) -> dict[str, int]:
+        return super().constants(leaves, reductions) | {"GROUP": self.group}
 
 
 def gemv(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DEFAULT) -> Gemv:

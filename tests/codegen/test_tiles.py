@@ -54,7 +54,7 @@ else:
             tiles = candidates.tiles_for("skinny", rows, k, leaves, 2, tokens)
             assert 0 < len(tiles) <= candidates.MOST + 12
             for t in tiles:
-                if candidates.form_of(t) == "skinny":
+                if t.form == "skinny":
                     share = -(-k // (t.block_k * t.splits)) * t.block_k
                     assert (t.splits - 1) * share < k and t.stages * t.block_n * leaves * t.block_k * 2 <= candidates.SHARED
 

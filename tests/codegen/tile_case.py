@@ -86,8 +86,8 @@ class Case:
         parts = Contraction(kernel.attrs["body"])
         reader = Contraction(kernel_of(NEXT.format(n=n)).attrs["body"])
         hands = (Handover(reader, ()), leaves > 1) if self.hands else (None, False)
-        pieces = len(tiles.pieces) if form == "wide" else 1
-        self.source = contraction(kernel, self.name, form, [], name, tiles.block_n, tiles.block_k, parts, False, *hands, pieces)
+        self.source = contraction(kernel, self.name, form, [], name, tiles.block_n, tiles.block_k, parts, False, *hands,
+                                  len(tiles.pieces))  # fmt: skip
         self.path.write_text(preamble(self.source.text) + "\n\n" + self.source.text)
         few = form in ("skinny", "stream", "wide")
         self.tokens = tiles.tokens - 1 if few else {"gemv": 1, "matmul": 257}[form]  # so that masks matter
@@ -98,10 +98,10 @@ class Case:
 
     def sizes(self):
         handed = True if self.source.facts["finds"] else None
-        return tune.constants(self.form, self.tiles, self.leaves, self.source.facts["reductions"], handed=handed)
+        return tune.constants(self.tiles, self.leaves, self.source.facts["reductions"], handed=handed)
 
     def options(self):
-        return tune.launch_options(self.form, self.tiles, self.leaves, self.source.facts["reductions"])
+        return self.tiles.options(self.leaves, self.source.facts["reductions"])
 
     def job(self):
         kinds = {"weight": self.dtype, "input": self.dtype, "output": self.dtype, "sums": torch.float32}

@@ -18,7 +18,6 @@ from tile_case import Case, operands, result
 import fusec.codegen
 from fusec import tune
 from fusec.codegen import schedule
-from fusec.codegen.candidates import form_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -37,7 +36,7 @@ def every_row():
             form, *shape = key.split()
             for entry in entries if form in TILES else ():
                 tile = TILES[form](**entry)
-                yield form_of(tile), *map(int, shape), tile
+                yield tile.form, *map(int, shape), tile
                 if form == "gemv":  # what may be chosen beside it
                     yield form, *map(int, shape), replace(tile, at_once=not tile.at_once, registers=0 if tile.registers else 64)
     for shape in ((1000, 320, 1), (480, 640, 2), (6144, 4096, 1), (96, 192, 2)):  # in no table: what the rule says of them
