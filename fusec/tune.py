@@ -54,13 +54,16 @@ ATTENTION = ""  # stands beside kernels' names for the launch of decode attentio
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to launch a kernel: form, tiles, and the file, the name and the source of the kernel that was rendered for it."""
+    """One way to launch a kernel: its tiles, and the file, the name and the source of the kernel that was rendered for them."""
 
-    form: str
-    tiles: object
+    tiles: schedule.Tile
     path: str
     name: str
     source: object = field(compare=False, repr=False)
+
+    @property
+    def form(self) -> str:
+        return self.tiles.form
 
 
 def constants(tiles, leaves: int, reductions: int, draw: int | None = None, handed: bool | None = None) -> dict:
@@ -226,7 +229,7 @@ class Tuner:
                 path = Path(self.folder.name, f"{name}_{tokens}_{kind[1]:d}{kind[2]:d}{pieces}.py")
                 path.write_text(preamble(source.text) + "\n\n" + source.text)
                 files[kind] = (str(path), name, source)
-            found.append(Candidate(kind[0], tiles, *files[kind]))
+            found.append(Candidate(tiles, *files[kind]))
         return found
 
     def variants_of(self, choice: dict[str, Candidate], form: str, tokens: int, deadline: float) -> dict:
