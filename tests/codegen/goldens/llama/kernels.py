@@ -1516,7 +1516,8 @@ def gate_up_proj_wide_3(gate_up_proj_tiles_0, gate_up_proj_tiles_1, gate_up_proj
                         PDL: tl.constexpr):
     # llama.fuse:37   down_proj(silu(gate_proj(x)) * up_proj(x))
     # llama.fuse:46   h + mlp(post_attention_layernorm(h))
-    gl.static_assert(STAGES > 1, "a place is given back while the next one is multiplied")
+    gl.static_assert(1 < STAGES, "a place is given back while the next one is multiplied")
+    gl.static_assert(STAGES <= 4096 // BLOCK_K, "every place is filled at least once")
     LEAVES: gl.constexpr = 2
     BLOCKS_N: gl.constexpr = (14336 + BLOCK_N - 1) // BLOCK_N
     ROWS_0: gl.constexpr = triton.next_power_of_2(BLOCK_N + 1) // 2
