@@ -95,8 +95,9 @@ def handed_on(function) -> list[str]:
     lines = []
     for what, fact, done in (("leaves", "leaves_sums", "row reductions of each tile that it stores"),
                              ("finds", "finds", "its row reductions where x was stored")):  # fmt: skip
-        tokens = [t.tokens for s in function.sources if s.facts.get(fact) for t in s.facts["tiles"]]
-        lines += wrapped(what, f"{done}, as a stream (on Hopper, 2 to {max(tokens)} tokens)") if tokens else []
+        tiles = [t for s in function.sources if s.facts.get(fact) for t in s.facts["tiles"]]
+        tokens = ranges(sorted({n for t in tiles for n in range(t.least, t.tokens + 1)}))
+        lines += wrapped(what, f"{done}, as a stream (on Hopper, {tokens} tokens)") if tiles else []
     return lines
 
 

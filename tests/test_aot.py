@@ -49,7 +49,8 @@ def everywhere(compiled, program, variants):
 def test_every_kernel_is_launched_by_some_step(compiled, variants, everywhere):
     names = {source.name for function in compiled.module.functions for source in function.sources}
     assert {variant.kernel for variant in everywhere} == names
-    streams = {source.name for function in compiled.module.functions for source in function.sources if source.form == "stream"}
+    streams = {source.name for function in compiled.module.functions for source in function.sources
+               if source.facts.get("described")}
     assert streams and streams <= {variant.kernel for variant in variants}
     assert not streams & {variant.kernel for variant in everywhere[len(variants):]}
 

@@ -26,8 +26,9 @@ def tiles_for(form: str, rows: int, k: int, leaves: int, itemsize: int, tokens: 
         return stream(rows, k, leaves, itemsize, tokens, beside)
     found = {"gemv": gemv, "skinny": skinny, "matmul": matmul}[form](rows, k, leaves, itemsize, tokens)
     if form == "skinny" and streams:
-        streams = wide(rows, k, leaves, itemsize, tokens, beside) + stream(rows, k, leaves, itemsize, tokens, beside)
-        found = found[:1] + streams + found[6::6]
+        streamed = stream(rows, k, leaves, itemsize, tokens, beside)
+        streamed[12:12] = wide(rows, k, leaves, itemsize, tokens, beside)  # few shapes want it: behind the likeliest
+        found = found[:1] + streamed + found[6::6]
     if form == "skinny" and tokens == max(TOKENS["skinny"]):
         found += [replace(tiles, tokens=2 * tokens) for tiles in matmul(rows, k, leaves, itemsize, tokens)]
     return found
@@ -110,11 +111,13 @@ def wide(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
     tile; rings of all shared memory. Fewer than 32 tokens would be multiplied as 64."""
     found = []
     even = -(-rows // MULTIPROCESSORS)
-    for n, bk, warps in itertools.product({-(-even // size) * size for size in (8, 16, 32)}, (64, 128), (4, 8)):
+    heights = sorted({-(-even // size) * size for size in (8, 16, 32)})
+    heights = [n for n in heights if n <= 512 and 2 <= n.bit_count() <= schedule.MOST_PIECES]
+    for n, bk, warps in itertools.product(heights, (64, 128), (4, 8)):
         tile = schedule.Stream(tokens, n, bk, 1, warps, 2)
         stages = min((SHARED - 4096) // tile.place(leaves), k // bk, 12)
         tile = replace(tile, stages=stages)
-        whole = itemsize == 2 and not k % bk and tokens >= 32 and 2 <= len(tile.pieces) <= 3 and stages >= 2
+        whole = itemsize == 2 and not k % bk and tokens >= 32 and stages >= 2
         shared_out = warps == 4 or tile.block_m == 128 or tile.pieces[-1] >= 16  # eight rows a warp at least
         if whole and shared_out and tile.program(leaves, beside).fits:
             found.append(tile)

@@ -1,4 +1,4 @@
-"""Contraction kernels as Triton source: one token, a few, or many (see the three templates)."""
+"""Contraction kernels as Triton source, in the forms of FORMS, a template each."""
 
 from __future__ import annotations
 
@@ -113,8 +113,9 @@ class ContractionWriter(Writer):
         if self.shape.gluon:
             weight, x = (names[p] for p in described)
             halves = all(o.dtype == "x" for o in self.body.outputs)
-            early = form == "stream" and len(parts.segments) == 1  # a part that a tile has none of would be loaded for nothing
-            stream = stream_epilogue(epilogue, late={*ys, *self.given.values()}, early=early, halves=halves,
+            # A segment that a tile has no rows of would be loaded for nothing; and pieces have no room to wait in.
+            ahead = form == "stream" and len(parts.segments) == 1
+            stream = stream_epilogue(epilogue, late={*ys, *self.given.values()}, early=ahead, halves=halves,
                                      bound=parts.n if self.masked_n else None)  # fmt: skip
             early, epilogue = stream.early, stream.lines
         several = form == "gemv" and parts.leaves + len(beside) > 1  # things that the threads put together
@@ -168,7 +169,6 @@ class ContractionWriter(Writer):
             "block_n": self.block_n,
             "block_k": self.block_k,
             "described": described,
-            "pieces": pieces,
             "reductions": len(beside),
             "draws": self.draws,
             "finds": found and found.removesuffix("_ptr"),

@@ -74,7 +74,7 @@ class Launches:
             source.facts["tiles"] = tiles
             sources.append(source)
             for t in tiles:
-                if tiles[0] in streams:
+                if source.facts["described"]:  # a stream
                     lines.append(f"elif HOPPER and {t.least} <= {rows} <= {t.tokens}:")
                     lines += indent(self.launch(source, parts, rows, t))
                     if left := source.facts["leaves_sums"]:

@@ -84,11 +84,12 @@ class Skinny(Tile):
 
 @dataclass(frozen=True)
 class Stream(Tile):
-    """A few tokens on a Hopper GPU, up to `tokens`, which is the tile's width too: rows and columns of a tile of weights,
-    programs that share a tile's K, warps that multiply, places in the ring.
+    """A few tokens on a Hopper GPU, up to `tokens`: rows and columns of a tile of weights, programs that share a tile's K,
+    warps that multiply, places in the ring.
 
-    The tensor cores take 64 of one operand at once and any eight of the other: rows of weights here and tokens there. Rows that
-    are no power of two are for tokens as the 64 (the form "wide"), in pieces that are."""
+    The tensor cores take 64 of one operand at once and any multiple of eight of the other: of rows of weights the 64, and of
+    tokens as many as the tile is for. Rows that are no power of two are for tokens as the 64 (the form "wide"), in pieces that
+    are; it splits no K."""
 
     tokens: int
     block_n: int
@@ -96,6 +97,11 @@ class Stream(Tile):
     splits: int
     num_warps: int
     stages: int
+
+    def __post_init__(self):
+        if self.form == "wide" and (self.splits > 1 or len(self.pieces) > MOST_PIECES or self.pieces[-1] < 8):
+            raise ValueError(f"a tile of {self.block_n} rows: expected a power of two, or a multiple of 8 that is the sum of at "
+                             f"most {MOST_PIECES}, and then K in one part, found {self.splits}")  # fmt: skip
 
     @property
     def pieces(self) -> tuple[int, ...]:
@@ -187,6 +193,8 @@ class StreamProgram:
     def fits(self) -> bool:
         """Whether the threads that multiply have registers for their accumulators and what else there is, once the others have
         theirs."""
+        if self.registers > 255 or self.registers * self.warps * 32 > REGISTERS:
+            return False
         left = self.registers * self.warps - self.lent
         return self.tile.accumulators(self.leaves) + 56 <= min(255, left // self.tile.num_warps)
 
@@ -283,6 +291,7 @@ def vendor_from(rows: int, k: int, leaves: int, itemsize: int = 2, gpu: str = DE
 VENDOR_FROM = 256
 SHARED = 227 << 10  # bytes of a multiprocessor's memory that its programs may share
 REGISTERS = 65536  # of a multiprocessor
+MOST_PIECES = 3  # of a wide tile
 COPY_REGISTERS = 40  # of a thread of the warp that copies, in a stream's program
 HALF = 110 << 10  # bytes of shared memory of which a multiprocessor has room for two
 MULTIPROCESSORS = 132

@@ -30,7 +30,8 @@ def test_field(field, name):
     assert all(line.count(" out,") + line.count(" out)") <= 1 for line in weights.values())
 
 
-@pytest.mark.parametrize("name", ["kernel_gemv", "kernel_skinny", "kernel_stream", "kernel_stream_copies", "tiles", "done"])
+@pytest.mark.parametrize("name", ["kernel_gemv", "kernel_skinny", "kernel_stream", "kernel_stream_copies", "kernel_wide_3",
+                                  "kernel_wide_3_copies", "tiles", "done"])
 def test_every_name_of_a_kernel_is_known(name):
     """Kernels are written under a name of their form, and get their own later: a field may be called like it."""
     source = re.sub(r"\bo_proj\b", name, (EXAMPLES / "llama.fuse").read_text(encoding="utf-8"))
@@ -49,7 +50,11 @@ def test_every_name_of_a_kernel_is_known(name):
 @pytest.mark.parametrize("form", FORMS)
 def test_what_a_template_assigns_or_calls_is_kept_from_users(form):
     """A field of a program is a name in the kernel: none may hide what the template says around it."""
-    text = environment().loader.get_source(environment(), f"{form}.py.jinja")[0]
+    def source(name):
+        text = environment().loader.get_source(environment(), name)[0]
+        return re.sub(r'{% include "(.*?)" %}', lambda found: source(found[1]), text)
+
+    text = source(f"{form}.py.jinja")
     for pattern, by in ((r"\{#.*?#\}", ""), (r"\{%.*?%\}", ""), (r"\{\{.*?\}\}", "0"), (r"#[^\n]*", "")):
         text = re.sub(pattern, by, text, flags=re.DOTALL)
     names = {n for found in re.findall(r"(?m)^\s*([a-z]\w*(?:, [a-z]\w*)*) \+?= ", text) for n in found.split(", ")}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tile_case import Case
+from tile_case import Case, waits_for_all_warps
 
 from fusec import aot, tune
 from fusec.codegen import schedule
@@ -77,10 +77,10 @@ KINDS = [  # rows, leaves, reads, tile
     (512, 2, False, schedule.Stream(32, 16, 128, 1, 4, 3)),
     (512, 2, True, schedule.Stream(128, 64, 64, 2, 8, 3)),
     (1024, 1, True, schedule.Stream(128, 128, 64, 1, 4, 3)),
-    (480, 1, True, schedule.Stream(32, 24, 64, 1, 4, 3)),  # in two pieces
-    (480, 2, False, schedule.Stream(64, 112, 128, 1, 4, 2)),  # in three
-    (672, 2, True, schedule.Stream(64, 112, 64, 1, 8, 3)),
-    (672, 2, True, schedule.Stream(128, 112, 64, 1, 8, 3)),
+    (480, 1, True, schedule.Stream(32, 24, 64, 1, 4, 10)),  # in two pieces, all steps in flight
+    (480, 2, False, schedule.Stream(64, 112, 128, 1, 4, 3)),  # in three
+    (672, 2, True, schedule.Stream(64, 112, 64, 1, 8, 6)),
+    (672, 2, True, schedule.Stream(128, 112, 64, 1, 8, 5)),
 ]
 
 
@@ -96,4 +96,7 @@ def test_every_kind_compiles(rows, leaves, reads, tile, tmp_path):
            "options": variant.options, "target": 90}
     cubin = aot.compile_one(kernels, job)
     stacked = leaves == 2 and reads and tile.block_n == 32 and tile.block_k == 64
+    assert waits_for_all_warps(cubin.ptx)
+    if tile.form == "wide":
+        assert tile.program(leaves, case.source.facts["reductions"]).fits and not cubin.spills
     assert cubin.spills <= 64 and ("wgmma.mma_async" in cubin.ptx) == (tile.block_n >= 64 or stacked or tile.form == "wide")

@@ -113,6 +113,10 @@ else:
         assert not candidates.wide(14336, 4096, 2, 2, 16, 1) and not candidates.wide(8192, 2048, 2, 2, 64, 1)
         stream = schedule.Stream(32, 64, 64, 1, 4, 3)
         assert (stream.pieces, stream.form, stream.block_m) == ((64,), "stream", 32)
+        assert not candidates.wide(100000, 4096, 1, 2, 32, 0)  # pieces of 512: no instruction is so wide
+        for rows, splits in ((112, 2), (120, 1), (100, 1)):
+            with pytest.raises(ValueError, match=f"{rows} rows"):
+                schedule.Stream(32, rows, 64, splits, 4, 3)
 
     @pytest.mark.parametrize("reductions", (0, 1, 2))
     @pytest.mark.parametrize("leaves", (1, 2, 4))

@@ -2,6 +2,9 @@
 the row's norm, in which its largest element may have a part; to which another input may be added. Streams that add one also take
 and leave row reductions."""
 
+import itertools
+import re
+
 import torch
 
 from fusec import tune
@@ -143,6 +146,13 @@ class Case:
             wanted = torch.stack([stored.square().sum(2), stored.amax(2)]).permute(2, 0, 1)
             torch.testing.assert_close(left, wanted, rtol=1e-5, atol=1e-5, msg=lambda text: f"{self}: row reductions: {text}")
         return out
+
+
+def waits_for_all_warps(ptx):
+    """Whether the one thread of a stream that gives a place of the ring back for all warps has waited for them."""
+    steps = re.findall(r"bar\.sync|wgmma\.mma_async|mma\.sync|mbarrier\.arrive\.shared", ptx)
+    before = [earlier for earlier, step in itertools.pairwise(steps) if step == "mbarrier.arrive.shared"]
+    return bool(before) and set(before) == {"bar.sync"}
 
 
 def kernel_of(text):

@@ -44,8 +44,10 @@ def every_row():
             yield "stream", *shape, 2, tile
     for tokens, splits in itertools.product((8, 16, 32, 64, 128), (1, 2, 3)):  # two leaves one below the other
         yield "stream", 480, 640, 2, 2, schedule.Stream(tokens, 32, 64, splits, 4 if tokens < 128 else 8, 3)
-    for tokens, leaves, rows in itertools.product((32, 64, 128), (1, 2), (24, 112)):  # in pieces
-        yield "wide", 480, 640, leaves, 2, schedule.Stream(tokens, rows, 64, 1, 8 if tokens == 128 else 4, 3)
+    for tokens, leaves, rows in itertools.product((32, 64, 128), (1, 2), (24, 112)):  # in pieces; 24 of 64: all steps in flight
+        stages = 5 if rows == 112 else 10 if tokens < 128 else 9
+        yield "wide", 480, 640, leaves, 2, schedule.Stream(tokens, rows, 64, 1, 8 if tokens == 128 else 4, stages)
+    yield "wide", 480, 640, 2, 2, schedule.Stream(64, 112, 64, 1, 8, 6)
 
 
 def test_every_tile(tmp_path):
@@ -74,11 +76,11 @@ def test_every_tile(tmp_path):
 
 
 @pytest.mark.parametrize("reads", (False, True))
-@pytest.mark.parametrize("tokens, splits", [(8, 1), (16, 2), (32, 1), (64, 2), (128, 1)])
-def test_several_row_reductions(tokens, splits, reads, tmp_path):
+@pytest.mark.parametrize("tokens, rows, splits", [(8, 64, 1), (16, 64, 2), (32, 64, 1), (64, 64, 2), (128, 64, 1), (64, 96, 1)])
+def test_several_row_reductions(tokens, rows, splits, reads, tmp_path):
     """Made of the tiles of x as they pass, or found, if the stream reads."""
-    tile = schedule.Stream(tokens, 64, 64, splits, 4, 3)
-    case = Case("stream", 512, 960, 2, 2, tile, tmp_path, 0, reads, largest=True)
+    tile = schedule.Stream(tokens, rows, 64, splits, 4, 3)
+    case = Case(tile.form, 512, 960, 2, 2, tile, tmp_path, 0, reads, largest=True)
     assert case.source.facts["reductions"] == 2
     x, w, h = operands(case, "cuda")
     exact = result(x, w, h, torch.float64, reads, largest=True)
@@ -86,11 +88,12 @@ def test_several_row_reductions(tokens, splits, reads, tmp_path):
     assert (case.run(x, w, h, PDL=True, launch_pdl=True).double() - exact).norm() <= 1.5 * theirs
 
 
+@pytest.mark.parametrize("tile", [schedule.Stream(32, 32, 64, 2, 4, 9), schedule.Stream(64, 48, 64, 1, 4, 9)], ids=str)
 @pytest.mark.parametrize("leaves", (1, 2))
-def test_streams_in_several_waves(leaves, tmp_path):
+def test_streams_in_several_waves(leaves, tile, tmp_path):
     """Programs that start while others write their results have reads in flight for long: a place of the ring that is given back
     too early shows here, in one run of ten."""
-    case = Case("stream", 14336, 4096, leaves, 2, schedule.Stream(32, 32, 64, 2, 4, 9), tmp_path, 0)
+    case = Case(tile.form, 14336, 4096, leaves, 2, tile, tmp_path, 0)
     x, w, h = operands(case, "cuda")
     exact = result(x, w, h, torch.float64)
     theirs = (result(x, w, h, case.dtype) - exact).norm()
