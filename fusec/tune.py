@@ -32,7 +32,7 @@ from fusec.codegen import schedule
 from fusec.codegen.attention_schedule import Launch, decode_launch, decode_row
 from fusec.codegen.candidates import FORMS, TOKENS, decode_tiles, decode_variants, tiles_for, variants
 from fusec.codegen.contraction import Contraction
-from fusec.codegen.contraction_kernel import contraction
+from fusec.codegen.contraction_kernel import blocks_of, contraction
 from fusec.codegen.module import preamble
 from fusec.codegen.row_sums import Handover, Handovers, handovers
 from fusec.runtime.batch import Batch
@@ -98,14 +98,6 @@ def argument(what):
 def pointed(value):
     """What a kernel's pointer points to, of an argument of its launch function."""
     return value.place if isinstance(value, RowSums) else value
-
-
-def blocks_of(source, tiles) -> dict[str, list[tuple[int, int]]]:
-    """What a kernel takes in tiles: pointer -> the tiles that it is described in, one argument each."""
-    if not source.facts.get("described"):
-        return {}
-    return {pointer: [(height, tiles.block_k) for height in heights]
-            for pointer, heights in zip(source.facts["described"], (tiles.pieces, (tiles.block_m,)), strict=True)}
 
 
 def warm(job) -> str | None:
@@ -416,7 +408,7 @@ class Tuner:
         arguments, described = [], blocks_of(source, t)
         for pointer in source.roles:
             value = pointed(values[pointer.removesuffix("_ptr")])
-            if pointer in described and pointer != source.facts["described"][0]:
+            if pointer in described and source.roles[pointer][0] != "weight":
                 value = self.program.picked(value, self.batch(tokens)) if source.facts["picked"] else value[:tokens]
             described_as, k = described.get(pointer), source.facts["k"]
             arguments += [in_tiles(value, k, *block) for block in described_as] if described_as else [value]

@@ -112,7 +112,7 @@ def wide(rows, k, leaves, itemsize, tokens, beside) -> list[schedule.Stream]:
     found = []
     even = -(-rows // MULTIPROCESSORS)
     heights = sorted({-(-even // size) * size for size in (8, 16, 32)})
-    heights = [n for n in heights if n <= 512 and 2 <= n.bit_count() <= schedule.MOST_PIECES]
+    heights = [n for n in heights if n < 512 and 2 <= n.bit_count() <= schedule.MOST_PIECES]  # no product is wider than 256
     for n, bk, warps in itertools.product(heights, (64, 128), (4, 8)):
         tile = schedule.Stream(tokens, n, bk, 1, warps, 2)
         stages = min((SHARED - 4096) // tile.place(leaves), k // bk, 12)

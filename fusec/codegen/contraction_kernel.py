@@ -68,6 +68,14 @@ def contraction(kernel: Value, name: str, form: str, comment, dtype: str, block_
     return ContractionWriter(form, dtype, block_n, block_k, parts, draws, makes, takes, pieces).source(name, comment)
 
 
+def blocks_of(source: Source, tile: schedule.Tile) -> dict[str, list[tuple[int, int]]]:
+    """What a kernel takes in tiles: pointer -> the blocks that it is described in to the bulk copy engine, one argument each."""
+    if not source.facts["described"]:
+        return {}
+    weight, x = source.facts["described"]
+    return {weight: [(rows, tile.block_k) for rows in tile.pieces], x: [(tile.block_m, tile.block_k)]}
+
+
 class ContractionWriter(Writer):
     """Writes one form of one contraction kernel."""
 
@@ -123,13 +131,13 @@ class ContractionWriter(Writer):
         if self.shape.gluon and beside:
             own = ["REDUCERS", "REDUCING", *(["HANDED"] if found else [])]
         tiles = (*self.shape.tiles[:-1], *own, *(["DRAW"] if self.draws else []), "PDL")
-        taken = [name if name != weight or form != "wide" else f"{name}_{i}"
-                 for name in names.values() for i in range(pieces if name == weight else 1)]  # fmt: skip
+        in_pieces = [f"{weight}_{i}" for i in range(pieces)] if form == "wide" else [weight]
+        taken = [p for given in names.values() for p in (in_pieces if given == weight else [given])]
         context = {
             "name": name,
             "pieces": pieces,
             "draws": self.draws,
-            "late_takes": [name for name in names.values() if name in words(epilogue)],
+            "late_takes": [p for p in names.values() if p in words(epilogue)],
             "signature": define(name, [*taken, *(["T"] if self.many else []), *(["parts"] if found else [])], tiles),
             "comment": comment,
             "rows": parts.n,

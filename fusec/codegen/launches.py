@@ -13,7 +13,7 @@ from ..passes.inline_heads import made_in_decode
 from . import attention as attention_body
 from . import schedule
 from .contraction import Contraction
-from .contraction_kernel import contraction
+from .contraction_kernel import blocks_of, contraction
 from .row_kernel import head_rows, row_kernel
 from .row_sums import Handovers
 from .writer import Source, environment
@@ -119,7 +119,7 @@ class Launches:
             self.arrivals = max(self.arrivals, tokens // t.block_m * blocks)
         if found := source.facts["finds"]:
             constants["HANDED"] = f"{found}.parts > 0{' and b.every' if source.facts['picked'] else ''}"
-        return self.call(source, f"({grid})", rows, constants, options, t.pieces)
+        return self.call(source, f"({grid})", rows, constants, options, blocks_of(source, t))
 
     def vendor(self, kernel, parts: Contraction, rows: str, comment, stats: Source | None, draws: bool):
         """(sources, lines): the vendor's matmul, and what surrounds it. A sum with one stored value is the matmul's own."""
@@ -204,19 +204,15 @@ class Launches:
         return sources, lines, params
 
     def call(self, source: Source, grid: str, tokens: str | None, constants: dict, options: dict,
-             pieces: tuple[int, ...] = ()) -> list[str]:  # fmt: skip
-        """A launch. What a Gluon kernel takes tile by tile is described to the bulk copy engine.  options: what Triton is told
-        besides.  pieces: rows of what it takes a tile of weights in."""
-        pointers, described = [], source.facts.get("described", ())
+             blocks: dict[str, list[tuple[int, int]]] | None = None) -> list[str]:  # fmt: skip
+        """A launch.  options: what Triton is told besides.  blocks: what is described to the bulk copy engine, see blocks_of."""
+        pointers = []
         for pointer in source.roles:
             name = pointer.removesuffix("_ptr")
-            if pointer in described:
-                heights = pieces if pointer == described[0] else (constants["BLOCK_M"],)
-                if pointer != described[0]:
-                    picked = source.facts["picked"]
-                    name = f"m.picked({name}, b)" if picked else f"{name}[:{tokens}]"
-                sizes = f"{source.facts['k']}, {{}}, {constants['BLOCK_K']}"
-                pointers += [f"tiles({name}, {sizes.format(height)})" for height in heights]
+            if blocks and pointer in blocks:
+                if source.roles[pointer][0] != "weight":
+                    name = f"m.picked({name}, b)" if source.facts["picked"] else f"{name}[:{tokens}]"
+                pointers += [f"tiles({name}, {source.facts['k']}, {rows}, {columns})" for rows, columns in blocks[pointer]]
                 continue
             pointers.append(f"{name}.place" if source.roles[pointer][0] == "sums" else name)
         found = source.facts.get("finds")

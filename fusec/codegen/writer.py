@@ -14,6 +14,7 @@ from ..ir.graph import Graph, Value
 from ..passes.analysis import RUNTIME
 from ..passes.extract import result_name
 from .expressions import Emitter, Names, Params, strip
+from .schedule import MOST_PIECES
 
 WIDTH = 120  # columns of generated source
 
@@ -98,7 +99,7 @@ RESERVED = (
     "blocks_m",
     "blocks_n",
     *(f"{letter}{i}" for letter in ("w", "y", "acc", "w_ring_") for i in range(9)),
-    *(f"y{leaf}_{piece}" for leaf in range(9) for piece in range(3)),
+    *(f"y{leaf}_{piece}" for leaf in range(9) for piece in range(MOST_PIECES)),
 )
 # reduction -> (identity, one more element, the whole tile along an axis)
 REDUCE = {

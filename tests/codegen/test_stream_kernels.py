@@ -86,7 +86,7 @@ KINDS = [  # rows, leaves, reads, tile
 
 @pytest.mark.parametrize("rows, leaves, reads, tile", KINDS)
 def test_every_kind_compiles(rows, leaves, reads, tile, tmp_path):
-    case = Case(tile.form, rows, 640, leaves, 2, tile, tmp_path, f"{rows}_{tile.tokens}_{tile.block_n}", reads)
+    case = Case(rows, 640, leaves, 2, tile, tmp_path, f"{rows}_{tile.tokens}_{tile.block_n}", reads)
     path, name, options, [(arguments, sizes)] = case.job()
     kernels = tune.load_kernels(path)
     values = [tune.argument(a) if not isinstance(a, str) else torch.empty(1, dtype=getattr(torch, a), device="meta")

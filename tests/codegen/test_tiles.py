@@ -19,7 +19,7 @@ if INTERPRETED:
     @pytest.mark.parametrize("leaves", (1, 2))
     @pytest.mark.parametrize("splits, k", SPLITS)
     def test_any_number_of_splits(splits, k, leaves, tmp_path):
-        case = Case("skinny", 40, k, leaves, 4, schedule.Skinny(16, 16, 16, 32, splits, 4, 2), tmp_path, 0)
+        case = Case(40, k, leaves, 4, schedule.Skinny(16, 16, 16, 32, splits, 4, 2), tmp_path, 0)
         x, w, h = operands(case, "cpu")
         want = result(x, w, h, torch.float64)
         assert (case.run(x, w, h, PDL=False).double() - want).norm() <= 1e-5 * want.norm()
@@ -28,7 +28,7 @@ if INTERPRETED:
     @pytest.mark.parametrize("block_n", (1, 4))
     def test_one_token_however_it_is_put_together(at_once, block_n, tmp_path):
         """Two leaves and two row reductions; neither K nor the rows are a whole number of blocks."""
-        case = Case("gemv", 42, 160, 2, 4, schedule.Gemv(block_n, 64, 4, 1, at_once, 64), tmp_path, 0, largest=True)
+        case = Case(42, 160, 2, 4, schedule.Gemv(block_n, 64, 4, 1, at_once, 64), tmp_path, 0, largest=True)
         x, w, h = operands(case, "cpu")
         want = result(x, w, h, torch.float64, largest=True)
         assert (case.run(x, w, h, PDL=False).double() - want).norm() <= 1e-5 * want.norm()

@@ -9,7 +9,7 @@ import torch
 
 from fusec import tune
 from fusec.codegen.contraction import Contraction
-from fusec.codegen.contraction_kernel import contraction
+from fusec.codegen.contraction_kernel import blocks_of, contraction
 from fusec.codegen.module import preamble
 from fusec.codegen.row_sums import Handover
 from fusec.ir.text import read_graph
@@ -77,8 +77,9 @@ class Case:
     as well: it is given those of x, and leaves those that NEXT wants of its result.  largest: whether a row's largest element
     has a part in its norm."""
 
-    def __init__(self, form, n, k, leaves, itemsize, tiles, folder, number, reads=False, largest=False):
-        self.form, self.n, self.k, self.leaves, self.tiles, self.largest = form, n, k, leaves, tiles, largest
+    def __init__(self, n, k, leaves, itemsize, tiles, folder, number, reads=False, largest=False):
+        self.n, self.k, self.leaves, self.tiles, self.largest = n, k, leaves, tiles, largest
+        self.form = form = tiles.form
         self.dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
         self.reads = reads
         self.hands = reads and form in ("stream", "wide")
@@ -109,7 +110,7 @@ class Case:
     def job(self):
         kinds = {"weight": self.dtype, "input": self.dtype, "output": self.dtype, "sums": torch.float32}
         scratch = {"partial": "float32", "arrivals": "int32"}
-        blocks, pointers = tune.blocks_of(self.source, self.tiles), []
+        blocks, pointers = blocks_of(self.source, self.tiles), []
         for pointer, role in self.source.roles.items():
             kind = str(kinds.get(role[0], scratch.get(role[-1]))).removeprefix("torch.")
             pointers += [(kind, self.k, block) for block in blocks[pointer]] if pointer in blocks else [kind]
@@ -130,7 +131,7 @@ class Case:
         found = torch.stack([torch.stack(part) for part in found])
         left = torch.full((blocks, 2, t), float("nan"), device=device)
         values |= {"x_sums_ptr": found, "out_sums_ptr": left, "h_ptr": h}
-        arguments, described = [], tune.blocks_of(self.source, self.tiles)
+        arguments, described = [], blocks_of(self.source, self.tiles)
         for pointer, role in self.source.roles.items():
             value = next(values[name] for name in (pointer, *role) if name in values)
             arguments += [tiles(value, self.k, *block) for block in described[pointer]] if pointer in described else [value]
